@@ -1,0 +1,1 @@
+//! The harness of salp's whole-system tests.

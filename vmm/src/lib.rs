@@ -1,0 +1,8 @@
+//! salp forks running microVMs, with DMA in flight, in a pause that does not grow with the VM's
+//! memory. The modules stand here in the order of their layers: each uses only those above it.
+//! `vmm/README.md` explains the words, the protocol and the invariants.
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!("salp runs on x86-64 Linux only");
+
+pub mod words;
