@@ -1,0 +1,80 @@
+//! The area of one member: what its process tells the others without being asked.
+//!
+//! | words | writer | meaning |
+//! |---|---|---|
+//! | doorbell | anybody adds 1, then wakes | somebody set a request bit in a cut of this member |
+//! | walks | member | odd while one of its threads walks the tables ([`MemberArea::walk`]) |
+//! | base | keeper | [`crate::tables::Entry`] of the VM's shared memory |
+//! | maps, one word a leaf | member | the cut whose block the window leaf maps, 0 = none |
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::frames::CutId;
+use crate::words::LeafNumber;
+
+const DOORBELL: usize = 0;
+const WALKERS: usize = 1;
+const BASE: usize = 2;
+const HEADER_WORDS: usize = 16;
+
+/// See the module.
+#[derive(Clone, Copy)]
+pub struct MemberArea<'a> {
+    words: &'a [AtomicU32],
+}
+
+impl<'a> MemberArea<'a> {
+    pub(super) fn over(words: &'a [AtomicU32]) -> Self {
+        Self { words }
+    }
+
+    pub(super) fn words_for(leaves: u32) -> usize {
+        HEADER_WORDS + leaves as usize
+    }
+
+    /// The doorbell word, for waiting on it.
+    #[must_use]
+    pub fn doorbell(&self) -> &'a AtomicU32 {
+        &self.words[DOORBELL]
+    }
+
+    /// Rings the doorbell; the caller then wakes those who wait on it.
+    pub fn ring(&self) {
+        self.words[DOORBELL].fetch_add(1, Ordering::Release);
+    }
+
+    /// Threads of the member that walk the tables now: what the keeper has unlinked is reused only
+    /// after it has seen 0 here.
+    #[must_use]
+    pub fn walkers(&self) -> u32 {
+        self.words[WALKERS].load(Ordering::SeqCst)
+    }
+
+    /// Runs `walk` with the encoded base entry of the VM, while the keeper reuses nothing that it
+    /// may reach.
+    pub fn walk<T>(&self, walk: impl FnOnce(u32) -> T) -> T {
+        // SeqCst: the count must be visible before the base is read, see `walkers`.
+        self.words[WALKERS].fetch_add(1, Ordering::SeqCst);
+        let result = walk(self.words[BASE].load(Ordering::SeqCst));
+        self.words[WALKERS].fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+
+    /// Keeper: the VM's shared memory.
+    pub fn set_base(&self, base: u32) {
+        self.words[BASE].store(base, Ordering::SeqCst);
+    }
+
+    /// The cut whose block the window maps at `leaf`.
+    #[must_use]
+    pub fn map(&self, leaf: LeafNumber) -> Option<CutId> {
+        CutId::new(self.words[HEADER_WORDS + leaf.index()].load(Ordering::Acquire))
+    }
+
+    /// Member: says whose block the window maps at `leaf`: before it is mapped, and after it is
+    /// not any more.
+    pub fn set_map(&self, leaf: LeafNumber, block: Option<CutId>) {
+        self.words[HEADER_WORDS + leaf.index()]
+            .store(block.map_or(0, CutId::get), Ordering::Release);
+    }
+}

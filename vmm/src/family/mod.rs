@@ -1,0 +1,660 @@
+//! The family: which VMs and cuts there are, what each depends on, and when nobody needs it.
+//!
+//! This is the keeper's knowledge, and the keeper alone changes it. It knows neither processes nor
+//! files nor KVM: it is told what happened and says what follows ([`Sweep`]).
+//!
+//! - A *cut* takes the place of its source's table: after it, source and clones all have
+//!   `Thunk(cut)` as their root, and the cut's base is what the source's root was. So a clone takes
+//!   one reference, at the root, whatever the size of memory.
+//! - A cut is *needed* as long as anybody but its own source may read through it. Who refers to it
+//!   is counted exactly; what the source's own line refers to is subtracted ([`Family::sweep`]).
+//! - When none of its leaves is pending, a cut is *settled*: its leaf words become leaf records of a
+//!   table, which shares with its base all that did not change.
+//!
+//! Every operation decides first and changes nothing if it fails.
+
+mod check;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::board::{Board, LeafWord};
+use crate::frames::{BlockId, CutId, Frames};
+use crate::tables::{Entry, Found, LeafRecord, TableCounts, Tables, TablesError, resolve};
+use crate::words::{LeafNumber, PageSet};
+
+pub use self::check::FamilyFault;
+
+/// Names a VM of a colony. The first is 1; never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct VmId(pub u32);
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vm {}", self.0)
+    }
+}
+
+/// An operation on the family that cannot be done. Nothing has changed.
+#[derive(Debug, Error)]
+pub enum FamilyError {
+    /// There is no such VM, or it has ended.
+    #[error("{0} does not exist")]
+    NoVm(VmId),
+    /// There is no such cut, or nobody needs it any more, so that it cannot have new clones.
+    #[error("{0} does not exist or is not needed any more")]
+    NoCut(CutId),
+    /// All cut numbers are in use.
+    #[error("all {0} cuts are in use")]
+    Cuts(u32),
+    /// No room for a table.
+    #[error("no room for a table")]
+    Tables(#[from] TablesError),
+    /// The board has no memory for the cut.
+    #[error("no memory for the cut's words: {0}")]
+    Memory(#[from] io::Error),
+}
+
+/// What follows from the changes since the last sweep.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Sweep {
+    /// Cuts that no clone needs any more: their sources may let go of what is pending.
+    pub unneeded: Vec<CutId>,
+    /// Frames that nobody refers to.
+    pub freed: Vec<Frames>,
+    /// Cuts whose files and board areas are of no use any more.
+    pub closed: Vec<CutId>,
+}
+
+#[derive(Debug)]
+struct Vm {
+    /// What the VM shares, and, after a harvest, which pages it owns.
+    root: Entry,
+    slot: u32,
+}
+
+#[derive(Debug)]
+struct Cut {
+    source: VmId,
+    base: Entry,
+    table: Option<Entry>,
+    /// Roots, bases and slots that name the cut.
+    references: u32,
+    unneeded: bool,
+    /// The source has let go of what was pending, or is gone.
+    released: bool,
+    /// The cut has been performed (before that it is only reserved).
+    committed: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Family {
+    board: Board,
+    tables: Tables,
+    vms: BTreeMap<VmId, Vm>,
+    cuts: BTreeMap<CutId, Cut>,
+    /// Cuts that nobody refers to, whose files are still in use.
+    files: BTreeSet<CutId>,
+    /// Frames that no record names and a window may still map.
+    parting: BTreeSet<Frames>,
+    /// The member slots of all VMs whose processes exist, ended ones included.
+    slots: BTreeMap<VmId, u32>,
+    next_vm: u32,
+    next_cut: u32,
+}
+
+impl Family {
+    /// No VM yet.
+    #[must_use]
+    pub fn new(board: Board) -> Self {
+        Self {
+            tables: Tables::new(board.clone()),
+            board,
+            vms: BTreeMap::new(),
+            cuts: BTreeMap::new(),
+            files: BTreeSet::new(),
+            parting: BTreeSet::new(),
+            slots: BTreeMap::new(),
+            next_vm: 1,
+            next_cut: 1,
+        }
+    }
+
+    /// A VM that shares nothing, in member slot `slot`.
+    pub fn first_vm(&mut self, slot: u32) -> VmId {
+        self.add_vm(slot, Entry::Empty)
+    }
+
+    fn add_vm(&mut self, slot: u32, root: Entry) -> VmId {
+        let vm = VmId(self.next_vm);
+        self.next_vm += 1;
+        self.vms.insert(vm, Vm { root, slot });
+        self.slots.insert(vm, slot);
+        self.board.member(slot).set_base(root.encode());
+        vm
+    }
+
+    /// Reserves a cut of `source`: after this, performing and committing it cannot fail.
+    ///
+    /// # Errors
+    /// No such VM, or no room.
+    pub fn reserve_cut(&mut self, source: VmId) -> Result<CutId, FamilyError> {
+        self.forget_harvest(source)?;
+        let id = self.free_cut_id()?;
+        self.board.open_cut(id)?;
+        let Some(vm) = self.vms.get(&source) else {
+            return Err(FamilyError::NoVm(source));
+        };
+        let (root, slot) = (vm.root, vm.slot);
+        let base = self.share(root);
+        self.board.cut(id).set_origin(base.encode(), slot);
+        let cut = Cut {
+            source,
+            base,
+            table: None,
+            references: 0,
+            unneeded: false,
+            released: false,
+            committed: false,
+        };
+        self.cuts.insert(id, cut);
+        Ok(id)
+    }
+
+    fn free_cut_id(&mut self) -> Result<CutId, FamilyError> {
+        let limit = self.board.shape().cuts;
+        for _ in 0..limit {
+            let number = self.next_cut;
+            self.next_cut = if number + 1 < limit { number + 1 } else { 1 };
+            if let Some(id) = CutId::new(number)
+                && !self.cuts.contains_key(&id)
+                && !self.files.contains(&id)
+            {
+                return Ok(id);
+            }
+        }
+        Err(FamilyError::Cuts(limit))
+    }
+
+    /// Gives a reserved cut up.
+    pub fn abort_cut(&mut self, cut: CutId) {
+        if let Some(Cut { base, .. }) = self.cuts.remove(&cut) {
+            self.release(base);
+            self.files.insert(cut);
+        }
+    }
+
+    /// The cut has been performed: source and clones go on from it.
+    pub fn commit_cut(&mut self, id: CutId) {
+        let Some(cut) = self.cuts.get_mut(&id) else {
+            return;
+        };
+        cut.committed = true;
+        let source = cut.source;
+        if self.vms.contains_key(&source) {
+            let thunk = self.share(Entry::Thunk(id));
+            self.set_root(source, thunk);
+        }
+    }
+
+    /// A clone of `cut`, in member slot `slot`.
+    ///
+    /// # Errors
+    /// The cut has been declared unneeded, or does not exist.
+    pub fn clone_vm(&mut self, cut: CutId, slot: u32) -> Result<VmId, FamilyError> {
+        match self.cuts.get(&cut) {
+            Some(known) if known.committed && !known.unneeded => {}
+            _ => return Err(FamilyError::NoCut(cut)),
+        }
+        let root = self.share(Entry::Thunk(cut));
+        Ok(self.add_vm(slot, root))
+    }
+
+    /// A VM has ended: it needs nothing any more. What others need of it stays where it is until
+    /// [`Family::source_gone`].
+    pub fn end_vm(&mut self, vm: VmId) {
+        if let Some(Vm { root, .. }) = self.vms.remove(&vm) {
+            self.release(root);
+        }
+    }
+
+    /// The process of a VM is gone, and with it what it had not published: those leaves are lost.
+    /// Returns the words that others may be waiting on.
+    pub fn source_gone(&mut self, vm: VmId) -> Vec<(CutId, LeafNumber)> {
+        self.end_vm(vm);
+        self.slots.remove(&vm);
+        let mut lost = Vec::new();
+        for (id, cut) in self.cuts.iter_mut().filter(|(_, cut)| cut.source == vm) {
+            cut.released = true;
+            let area = self.board.cut(*id);
+            for leaf in area.pending() {
+                area.publish(leaf, LeafWord::Lost);
+                lost.push((*id, leaf));
+            }
+        }
+        lost
+    }
+
+    /// The source has let go of what was pending in a cut that was declared unneeded.
+    pub fn cut_released(&mut self, cut: CutId) {
+        if let Some(cut) = self.cuts.get_mut(&cut) {
+            cut.released = true;
+        }
+    }
+
+    /// Writes into the tables which pages a VM owns, as its member has found: the leaves that have
+    /// any. What was harvested before is forgotten.
+    ///
+    /// # Errors
+    /// No such VM, or no room.
+    pub fn harvest(
+        &mut self,
+        vm: VmId,
+        owned: &[(LeafNumber, PageSet)],
+    ) -> Result<(), FamilyError> {
+        let keep: BTreeSet<LeafNumber> = owned.iter().map(|(leaf, _)| *leaf).collect();
+        let gone: Vec<_> = self
+            .private_leaves(vm)?
+            .into_iter()
+            .filter(|leaf| !keep.contains(leaf))
+            .collect();
+        for leaf in gone {
+            self.set_private(vm, leaf, PageSet::EMPTY)?;
+        }
+        for (leaf, exclusive) in owned {
+            self.set_private(vm, *leaf, *exclusive)?;
+        }
+        Ok(())
+    }
+
+    fn forget_harvest(&mut self, vm: VmId) -> Result<(), FamilyError> {
+        for leaf in self.private_leaves(vm)? {
+            self.set_private(vm, leaf, PageSet::EMPTY)?;
+        }
+        Ok(())
+    }
+
+    fn private_leaves(&self, vm: VmId) -> Result<Vec<LeafNumber>, FamilyError> {
+        let root = self.root(vm)?;
+        let mut leaves = Vec::new();
+        self.tables.for_each(root, &mut |_, leaf, entry| {
+            if let Entry::Leaf(record) = entry
+                && matches!(self.tables.leaf_record(record), LeafRecord::Private { .. })
+            {
+                leaves.push(leaf);
+            }
+        });
+        Ok(leaves)
+    }
+
+    fn set_private(
+        &mut self,
+        vm: VmId,
+        leaf: LeafNumber,
+        exclusive: PageSet,
+    ) -> Result<(), FamilyError> {
+        let entry = self.vms.get_mut(&vm).ok_or(FamilyError::NoVm(vm))?;
+        let cuts = &mut self.cuts;
+        let result =
+            self.tables
+                .set_private(&mut entry.root, leaf, exclusive, &mut retain_in(cuts));
+        self.board.member(entry.slot).set_base(entry.root.encode());
+        Ok(result?)
+    }
+
+    /// Settles every cut that can be, and says what follows from all changes.
+    ///
+    /// # Errors
+    /// No room for a table: what could not be settled stays as it is, and is right as it is.
+    pub fn sweep(&mut self) -> Result<Sweep, FamilyError> {
+        let mut sweep = Sweep::default();
+        let mut failed = None;
+        loop {
+            let before = (self.cuts.len(), sweep.unneeded.len());
+            self.declare_unneeded(&mut sweep);
+            let settleable: Vec<CutId> = self
+                .cuts
+                .keys()
+                .copied()
+                .filter(|id| self.can_settle(*id))
+                .collect();
+            for id in &settleable {
+                if let Err(error) = self.settle(*id) {
+                    failed = Some(error);
+                }
+            }
+            self.drop_unreferenced();
+            if failed.is_some()
+                || (settleable.is_empty() && before == (self.cuts.len(), sweep.unneeded.len()))
+            {
+                break;
+            }
+        }
+        self.close_files(&mut sweep);
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(sweep),
+        }
+    }
+
+    /// A cut is unneeded if nobody refers to it but its own source, or that source's later cuts
+    /// that are unneeded themselves.
+    fn declare_unneeded(&mut self, sweep: &mut Sweep) {
+        // Later cuts first: whether a cut is needed depends on the cuts above it.
+        let ids: Vec<CutId> = self.cuts.keys().copied().rev().collect();
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for id in &ids {
+                let cut = &self.cuts[id];
+                if cut.unneeded || !cut.committed || cut.table.is_some() {
+                    continue;
+                }
+                if cut.references == self.own_references(*id, cut.source) {
+                    self.board.cut(*id).set_unneeded();
+                    if let Some(cut) = self.cuts.get_mut(id) {
+                        cut.unneeded = true;
+                    }
+                    sweep.unneeded.push(*id);
+                    changed = true;
+                }
+            }
+        }
+    }
+
+    fn own_references(&self, id: CutId, source: VmId) -> u32 {
+        let mut own = 0;
+        if let Some(vm) = self.vms.get(&source) {
+            own += self.slots_naming(vm.root, id);
+        }
+        for cut in self
+            .cuts
+            .values()
+            .filter(|cut| cut.source == source && cut.unneeded)
+        {
+            own += self.slots_naming(cut.base, id);
+        }
+        own
+    }
+
+    fn slots_naming(&self, root: Entry, cut: CutId) -> u32 {
+        let mut count = 0;
+        self.tables.for_each(root, &mut |_, _, entry| {
+            count += match entry {
+                Entry::Thunk(named) if named == cut => 1,
+                Entry::Leaf(record) => match self.tables.leaf_record(record) {
+                    LeafRecord::Private {
+                        under: Entry::Thunk(named),
+                        ..
+                    } if named == cut => 1,
+                    _ => 0,
+                },
+                _ => 0,
+            };
+        });
+        count
+    }
+
+    fn can_settle(&self, id: CutId) -> bool {
+        let cut = &self.cuts[&id];
+        let base_is_open = matches!(cut.base, Entry::Thunk(base) if self.is_open(base));
+        let nothing_pending = cut.released || self.board.cut(id).pending().next().is_none();
+        cut.committed && cut.table.is_none() && !base_is_open && nothing_pending
+    }
+
+    fn is_open(&self, id: CutId) -> bool {
+        self.cuts.get(&id).is_some_and(|cut| cut.table.is_none())
+    }
+
+    /// Turns a cut's leaf words into a table, and gives that to whoever had the cut as root.
+    fn settle(&mut self, id: CutId) -> Result<(), FamilyError> {
+        let base = self.cuts[&id].base;
+        let mut table = self.share(base);
+        let board = self.board.clone();
+        let area = board.cut(id);
+        for leaf in area.protected() {
+            if let Err(error) = Self::settle_leaf(
+                &mut self.tables,
+                &mut self.cuts,
+                &area,
+                id,
+                &mut table,
+                leaf,
+            ) {
+                self.release(table);
+                return Err(error.into());
+            }
+        }
+        area.set_table(table.encode());
+        if let Some(cut) = self.cuts.get_mut(&id) {
+            cut.table = Some(table);
+        }
+        let heirs: Vec<VmId> = self
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.root == Entry::Thunk(id))
+            .map(|(vm, _)| *vm)
+            .collect();
+        for vm in heirs {
+            let root = self.share(table);
+            self.set_root(vm, root);
+        }
+        let above: Vec<CutId> = self
+            .cuts
+            .iter()
+            .filter(|(_, cut)| cut.base == Entry::Thunk(id))
+            .map(|(cut, _)| *cut)
+            .collect();
+        for other in above {
+            let base = self.share(table);
+            self.board.cut(other).set_base(base.encode());
+            if let Some(cut) = self.cuts.get_mut(&other) {
+                let old = std::mem::replace(&mut cut.base, base);
+                self.release(old);
+            }
+        }
+        Ok(())
+    }
+
+    fn settle_leaf(
+        tables: &mut Tables,
+        cuts: &mut BTreeMap<CutId, Cut>,
+        area: &crate::board::CutArea<'_>,
+        id: CutId,
+        table: &mut Entry,
+        leaf: LeafNumber,
+    ) -> Result<(), TablesError> {
+        let mut retain = retain_in(cuts);
+        match area.leaf(leaf) {
+            // Pending only where the source has let go: nobody but the source can get here, and the
+            // source has the pages.
+            LeafWord::Base | LeafWord::Pending => Ok(()),
+            LeafWord::Block => tables.set_shared(table, leaf, (Some(id), None), &mut retain),
+            LeafWord::Patched => {
+                let block = area.patches(leaf).block;
+                tables.set_shared(table, leaf, (block, Some(id)), &mut retain)
+            }
+            LeafWord::Zero => tables.set_entry(table, leaf, Entry::Empty, &mut retain),
+            LeafWord::Lost => tables.set_entry(table, leaf, Entry::Lost, &mut retain),
+        }
+    }
+
+    fn drop_unreferenced(&mut self) {
+        loop {
+            self.count_released();
+            let unreferenced: Vec<CutId> = self
+                .cuts
+                .iter()
+                .filter(|(_, cut)| {
+                    cut.committed && cut.references == 0 && (cut.released || cut.table.is_some())
+                })
+                .map(|(id, _)| *id)
+                .collect();
+            if unreferenced.is_empty() {
+                return;
+            }
+            for id in unreferenced {
+                if let Some(cut) = self.cuts.remove(&id) {
+                    self.release(cut.base);
+                    if let Some(table) = cut.table {
+                        self.release(table);
+                    }
+                    self.files.insert(id);
+                }
+            }
+        }
+    }
+
+    /// Books what the tables gave up.
+    fn count_released(&mut self) {
+        let released = self.tables.take_released();
+        self.parting.extend(released.frames);
+        for id in released.cuts {
+            let cut = self
+                .cuts
+                .get_mut(&id)
+                .expect("a cut lives as long as an entry names it");
+            cut.references -= 1;
+        }
+    }
+
+    /// A cut's files go when no record names their frames and no window maps them.
+    fn close_files(&mut self, sweep: &mut Sweep) {
+        // Pairs with `MemberArea::walk`: what was unlinked before this cannot be reached by a walk
+        // that begins after it.
+        if self
+            .slots
+            .values()
+            .any(|slot| self.board.member(*slot).walkers() != 0)
+        {
+            return;
+        }
+        self.tables.reclaim();
+        let mapped = self.mapped_blocks();
+        let ledger = self.tables.ledger();
+        // A record may have come to name again what none named for a while.
+        self.parting
+            .retain(|frames| ledger.references(*frames) == 0);
+        sweep.freed.extend(
+            self.parting
+                .extract_if(.., |frames| !mapped.contains(frames)),
+        );
+        let unused = |id: &CutId| {
+            ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
+        };
+        sweep
+            .closed
+            .extend(self.files.extract_if(.., |id| unused(id)));
+    }
+
+    /// The blocks that windows map, as their members say.
+    fn mapped_blocks(&self) -> BTreeSet<Frames> {
+        let leaves = self.board.shape().leaves;
+        let mut mapped = BTreeSet::new();
+        for slot in self.slots.values() {
+            let area = self.board.member(*slot);
+            for leaf in (0..leaves).map(LeafNumber) {
+                if let Some(cut) = area.map(leaf) {
+                    mapped.insert(Frames::Block(BlockId { cut, leaf }));
+                }
+            }
+        }
+        mapped
+    }
+
+    fn set_root(&mut self, vm: VmId, root: Entry) {
+        if let Some(entry) = self.vms.get_mut(&vm) {
+            let old = std::mem::replace(&mut entry.root, root);
+            self.board.member(entry.slot).set_base(root.encode());
+            self.release(old);
+        }
+    }
+
+    /// Takes a reference, on a cut too.
+    fn share(&mut self, entry: Entry) -> Entry {
+        if let Entry::Thunk(id) = entry {
+            retain_in(&mut self.cuts)(id);
+        }
+        self.tables.share(entry)
+    }
+
+    /// Gives a reference up. What falls to 0 is seen to at the next sweep.
+    fn release(&mut self, entry: Entry) {
+        self.tables.release(entry);
+    }
+
+    /// The root entry of a VM.
+    ///
+    /// # Errors
+    /// No such VM.
+    pub fn root(&self, vm: VmId) -> Result<Entry, FamilyError> {
+        self.vms
+            .get(&vm)
+            .map(|vm| vm.root)
+            .ok_or(FamilyError::NoVm(vm))
+    }
+
+    /// What `leaf` of a VM shares.
+    ///
+    /// # Errors
+    /// No such VM.
+    pub fn resolve(&self, vm: VmId, leaf: LeafNumber) -> Result<Found, FamilyError> {
+        Ok(resolve(&self.board, self.root(vm)?, leaf))
+    }
+
+    /// The tables, to look at.
+    #[must_use]
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Nodes and records in use.
+    #[must_use]
+    pub fn table_counts(&self) -> TableCounts {
+        self.tables.counts()
+    }
+
+    /// The living VMs.
+    pub fn vms(&self) -> impl Iterator<Item = VmId> + '_ {
+        self.vms.keys().copied()
+    }
+
+    /// The cuts that are referred to, with their sources.
+    pub fn cuts(&self) -> impl Iterator<Item = (CutId, VmId)> + '_ {
+        self.cuts.iter().map(|(id, cut)| (*id, cut.source))
+    }
+
+    /// References to a cut from roots, bases and slots; 0 for a cut that does not exist.
+    #[must_use]
+    pub fn references_to(&self, cut: CutId) -> u32 {
+        self.cuts.get(&cut).map_or(0, |cut| cut.references)
+    }
+
+    /// Cuts whose words or files still exist.
+    #[must_use]
+    pub fn open_cuts(&self) -> usize {
+        self.cuts.len() + self.files.len()
+    }
+
+    /// Whether a VM's process still holds pages that others need: its window must stay.
+    #[must_use]
+    pub fn is_image_needed(&self, vm: VmId) -> bool {
+        self.cuts.iter().any(|(id, cut)| {
+            cut.source == vm && !cut.unneeded && self.board.cut(*id).pending().next().is_some()
+        })
+    }
+}
+
+fn retain_in(cuts: &mut BTreeMap<CutId, Cut>) -> impl FnMut(CutId) {
+    |id| {
+        let cut = cuts
+            .get_mut(&id)
+            .expect("a cut lives as long as an entry names it");
+        cut.references += 1;
+    }
+}

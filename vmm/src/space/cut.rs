@@ -1,0 +1,379 @@
+//! The cut: the instant a clone is taken, seen from the source's memory.
+//!
+//! Reserve first, while the VM runs: it may fail and changes nothing that anybody sees. Leaves are
+//! registered, the lent sets of earlier cuts are recorded (a new protection would blur them), and
+//! blocks with exclusive pages are protected *ahead*: a store to one opens it again. Then perform,
+//! with the vCPUs stopped and completions held: copy exactly the pinned pages, protect.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Backing, Host, PageSource, Space, SpaceError, Traps};
+use crate::frames::CutId;
+use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
+
+/// A cut of this VM with leaves that may be pending.
+pub struct OpenCut {
+    id: CutId,
+    previous: Option<CutId>,
+    /// Lent sets that were scanned before a protection was laid over them, by leaf.
+    recorded: Mutex<BTreeMap<LeafNumber, PageSet>>,
+    copies: PinnedCopies,
+    next_frame: AtomicU32,
+}
+
+/// The pinned pages as they were at the cut. They belong to the cut, whatever becomes of the pins.
+#[derive(Default)]
+struct PinnedCopies {
+    /// Ascending.
+    gfns: Vec<Gfn>,
+    bytes: Vec<[u8; PAGE_BYTES]>,
+}
+
+impl OpenCut {
+    /// The cut's name.
+    pub fn id(&self) -> CutId {
+        self.id
+    }
+
+    /// The cut that this VM made before it.
+    pub(super) fn previous(&self) -> Option<CutId> {
+        self.previous
+    }
+
+    /// The lent set of a leaf, where it was recorded.
+    pub(super) fn recorded(&self, leaf: LeafNumber) -> Option<PageSet> {
+        self.recorded_sets().get(&leaf).copied()
+    }
+
+    fn recorded_sets(&self) -> MutexGuard<'_, BTreeMap<LeafNumber, PageSet>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The copy of a page that was pinned at the cut.
+    pub(super) fn copy_of(&self, gfn: Gfn) -> Option<&[u8; PAGE_BYTES]> {
+        self.copies
+            .gfns
+            .binary_search(&gfn)
+            .ok()
+            .map(|index| &self.copies.bytes[index])
+    }
+
+    /// The pages of a leaf that were pinned at the cut.
+    pub(super) fn copies_in(&self, leaf: LeafNumber) -> PageSet {
+        let mut pages = PageSet::EMPTY;
+        let from = self
+            .copies
+            .gfns
+            .partition_point(|gfn| *gfn < leaf.first_gfn());
+        for gfn in self.copies.gfns[from..]
+            .iter()
+            .take_while(|gfn| gfn.leaf() == leaf)
+        {
+            pages.insert(gfn.in_leaf());
+        }
+        pages
+    }
+
+    pub(super) fn has_copies_in(&self, leaf: LeafNumber) -> bool {
+        !self.copies_in(leaf).is_empty()
+    }
+
+    /// Where a page that was lent or pinned at the cut is to be taken from.
+    pub(super) fn source_of(&self, gfn: Gfn) -> PageSource<'_> {
+        self.copy_of(gfn)
+            .map_or(PageSource::Window, PageSource::Copy)
+    }
+
+    /// Room for `count` frames in the cut's patch file; the number of the first.
+    pub(super) fn take_frames(&self, count: u32) -> u32 {
+        self.next_frame.fetch_add(count, Ordering::Relaxed)
+    }
+}
+
+/// A cut that can be performed. Dropping it gives it up.
+pub struct ReservedCut<'a, H: Host> {
+    space: &'a Space<H>,
+    id: CutId,
+    copies: PinnedCopies,
+    _cutting: MutexGuard<'a, ()>,
+}
+
+/// What a cut did in the pause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutFigures {
+    /// Pinned pages that were copied.
+    pub copied_pages: u64,
+    /// Time spent copying them.
+    pub copy: Duration,
+    /// Time spent protecting.
+    pub protect: Duration,
+    /// Leaves that the clone cannot share at once.
+    pub protected_leaves: u64,
+    /// Calls that protected a run of leaves.
+    pub protect_calls: u64,
+}
+
+impl<H: Host> Drop for ReservedCut<'_, H> {
+    fn drop(&mut self) {
+        self.space.reserving.store(0, Ordering::Release);
+        if let Err(error) = self.space.unregister_idle() {
+            tracing::warn!(%error, "a leaf stays registered");
+        }
+    }
+}
+
+impl<H: Host> Space<H> {
+    /// Prepares a cut while the VM runs.
+    ///
+    /// # Errors
+    /// The host refused; the VM runs on as before.
+    pub fn reserve_cut(&self, id: CutId) -> Result<ReservedCut<'_, H>, SpaceError> {
+        let cutting = self.cutting.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let _remap = self.remap.write().unwrap_or_else(PoisonError::into_inner);
+            self.reserving.store(1, Ordering::Release);
+        }
+        let pinned = self.pin_table().pinned_pages();
+        let mut reserved = ReservedCut {
+            space: self,
+            id,
+            copies: PinnedCopies::default(),
+            _cutting: cutting,
+        };
+        // Pins may come until the pause: some room more, touched now rather than then.
+        let room = pinned + pinned / 4 + 64;
+        reserved.copies.gfns.reserve(room);
+        reserved.copies.bytes.resize(room, [1; PAGE_BYTES]);
+        reserved.copies.bytes.clear();
+        self.register_anonymous()?;
+        self.record_pending()?;
+        self.protect_ahead()?;
+        Ok(reserved)
+    }
+
+    /// Registers all anonymous leaves for store traps.
+    fn register_anonymous(&self) -> Result<(), SpaceError> {
+        let unregistered = |leaf: LeafNumber| {
+            self.backing(leaf) == Backing::Anonymous && !self.is_registered(leaf)
+        };
+        for (first, count) in self.runs(unregistered) {
+            self.host.register(first, count, Traps::Stores)?;
+            for leaf in (first.0..first.0 + count).map(LeafNumber) {
+                self.leaves[leaf.index()]
+                    .registered
+                    .store(1, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Records what is lent to earlier cuts: exact now, since lent pages keep their protection and
+    /// newer ones have none; blurred by the next protection.
+    fn record_pending(&self) -> Result<(), SpaceError> {
+        for cut in self.open_cuts() {
+            for leaf in self.board.cut(cut.id()).pending() {
+                let _leaf = self.lock_leaf(leaf);
+                let is_pending = self
+                    .pending_cuts(leaf)
+                    .iter()
+                    .any(|pending| pending.id() == cut.id());
+                if is_pending && cut.recorded(leaf).is_none() {
+                    let states = self.host.scan(leaf, 1)?;
+                    let lent = states.first().map_or(PageSet::EMPTY, |(_, states)| {
+                        states.anonymous.minus(&states.written)
+                    });
+                    cut.recorded_sets().insert(leaf, lent);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects the blocks that have exclusive pages now, so that the pause need not.
+    fn protect_ahead(&self) -> Result<(), SpaceError> {
+        for (first, count) in self.runs(|leaf| matches!(self.backing(leaf), Backing::Block(_))) {
+            for (leaf, states) in self.host.scan(first, count)? {
+                let _leaf = self.lock_leaf(leaf);
+                let _remap = self.remapping();
+                let is_block = matches!(self.backing(leaf), Backing::Block(_));
+                if !states.anonymous.is_empty() && is_block && !self.is_protected(leaf) {
+                    self.register_block(leaf)?;
+                    self.protect_block(leaf)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn register_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        if !self.is_registered(leaf) {
+            self.host.register(leaf, 1, Traps::Stores)?;
+            self.leaves[leaf.index()]
+                .registered
+                .store(1, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Protects one registered block, and remembers its exclusive pages as they were just before:
+    /// the protection leaves markers that look the same. Nothing can change in it meanwhile, or
+    /// what changes is found by the scan that comes after the protection.
+    fn protect_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        loop {
+            let before = self.anonymous_now(leaf)?;
+            self.host.protect(leaf, 1)?;
+            // A store between the scan and the protection made one more page exclusive: it is
+            // present, markers are not.
+            let after = self.host.scan(leaf, 1)?;
+            let present = after
+                .first()
+                .map_or(PageSet::EMPTY, |(_, states)| states.present);
+            if present.minus(&before).is_empty() {
+                self.block_sets().insert(leaf, before);
+                self.leaves[leaf.index()]
+                    .protected
+                    .store(1, Ordering::Release);
+                return Ok(());
+            }
+            self.host.unprotect(leaf)?;
+        }
+    }
+
+    fn anonymous_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
+        Ok(self
+            .host
+            .scan(leaf, 1)?
+            .first()
+            .map_or(PageSet::EMPTY, |(_, states)| states.anonymous))
+    }
+
+    /// Maximal runs of RAM leaves for which `is` holds.
+    fn runs(&self, is: impl Fn(LeafNumber) -> bool) -> Vec<(LeafNumber, u32)> {
+        let mut runs: Vec<(LeafNumber, u32)> = Vec::new();
+        for leaf in self.shape.leaves().filter(|leaf| is(*leaf)) {
+            match runs.last_mut() {
+                Some((first, count)) if first.0 + *count == leaf.0 => *count += 1,
+                _ => runs.push((leaf, 1)),
+            }
+        }
+        runs
+    }
+
+    /// Takes the registration off leaves that nothing needs it for.
+    fn unregister_idle(&self) -> Result<(), SpaceError> {
+        for leaf in self.shape.leaves() {
+            if self.is_registered(leaf) && !self.is_protected(leaf) {
+                let _leaf = self.lock_leaf(leaf);
+                if self.is_registered(leaf) && !self.is_protected(leaf) {
+                    self.open_leaf(leaf)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<H: Host> ReservedCut<'_, H> {
+    /// The cut's name.
+    pub fn id(&self) -> CutId {
+        self.id
+    }
+
+    /// Performs the cut. The vCPUs are stopped and completions are held; everything else goes on.
+    ///
+    /// # Errors
+    /// The host refused what the reservation had prepared. No page has been given up: the VM runs
+    /// on, unchanged.
+    pub fn perform(mut self, previous: Option<CutId>) -> Result<CutFigures, SpaceError> {
+        let space = self.space;
+        let mut figures = CutFigures::default();
+        let remap = space.remap.write().unwrap_or_else(PoisonError::into_inner);
+        let start = Instant::now();
+        for gfn in space.pin_table().pages() {
+            let mut bytes = [0; PAGE_BYTES];
+            space.host.copy_page(gfn, &mut bytes);
+            self.copies.gfns.push(gfn);
+            self.copies.bytes.push(bytes);
+        }
+        figures.copied_pages = crate::words::wide(self.copies.gfns.len());
+        figures.copy = start.elapsed();
+        let start = Instant::now();
+        let recorded = space.protect_all(self.id, &mut figures)?;
+        figures.protect = start.elapsed();
+        let cut = OpenCut {
+            id: self.id,
+            previous,
+            recorded: Mutex::new(recorded),
+            copies: std::mem::take(&mut self.copies),
+            next_frame: AtomicU32::new(0),
+        };
+        space
+            .cuts
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::new(cut));
+        space.reserving.store(0, Ordering::Release);
+        drop(remap);
+        Ok(figures)
+    }
+}
+
+impl<H: Host> Space<H> {
+    /// The protecting phase: nothing is un-protected, remapped or woken meanwhile. Returns the lent
+    /// sets of blocks.
+    fn protect_all(
+        &self,
+        cut: CutId,
+        figures: &mut CutFigures,
+    ) -> Result<BTreeMap<LeafNumber, PageSet>, SpaceError> {
+        let area = self.board.cut(cut);
+        let mut recorded = BTreeMap::new();
+        for (first, count) in self.runs(|leaf| self.backing(leaf) == Backing::Anonymous) {
+            self.host.protect(first, count)?;
+            figures.protect_calls += 1;
+            for leaf in (first.0..first.0 + count).map(LeafNumber) {
+                self.leaves[leaf.index()]
+                    .protected
+                    .store(1, Ordering::Release);
+                area.set_protected(leaf);
+                figures.protected_leaves += 1;
+            }
+        }
+        let open_block = |leaf: LeafNumber| {
+            matches!(self.backing(leaf), Backing::Block(_)) && !self.is_protected(leaf)
+        };
+        for (first, count) in self.runs(open_block) {
+            for (leaf, states) in self.host.scan(first, count)? {
+                if !states.anonymous.is_empty() {
+                    self.register_block(leaf)?;
+                    self.protect_block(leaf)?;
+                    figures.protect_calls += 1;
+                }
+            }
+        }
+        for leaf in self.shape.leaves() {
+            if matches!(self.backing(leaf), Backing::Block(_)) && self.is_protected(leaf) {
+                let lent = self
+                    .block_sets()
+                    .get(&leaf)
+                    .copied()
+                    .unwrap_or(PageSet::EMPTY);
+                recorded.insert(leaf, lent);
+                area.set_protected(leaf);
+                figures.protected_leaves += 1;
+            }
+        }
+        Ok(recorded)
+    }
+
+    pub(super) fn block_sets(&self) -> MutexGuard<'_, BTreeMap<LeafNumber, PageSet>> {
+        self.block_sets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

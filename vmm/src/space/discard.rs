@@ -1,0 +1,67 @@
+//! Discard: pages become zero, for this VM only.
+
+use super::{Backing, Host, Space, SpaceError, Traps};
+use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
+use std::sync::atomic::Ordering;
+
+impl<H: Host> Space<H> {
+    /// Makes `pages` pages from `first` zero. What others need of them is published first.
+    ///
+    /// # Errors
+    /// A page is no memory, or pinned: nothing has changed. The host refused: earlier leaves of
+    /// the range are zero.
+    pub fn discard(&self, first: Gfn, pages: u64) -> Result<(), SpaceError> {
+        self.check_range(first, pages)?;
+        if let Some(gfn) = self.pin_table().first_in(first, pages) {
+            return Err(SpaceError::Pinned { gfn });
+        }
+        let end = first.0 + pages;
+        let mut from = first;
+        while from.0 < end {
+            let leaf = from.leaf();
+            let until = end.min(leaf.first_gfn().0 + wide(LEAF_PAGES));
+            self.discard_in_leaf(leaf, from, until - from.0)?;
+            from = Gfn(until);
+        }
+        Ok(())
+    }
+
+    fn discard_in_leaf(&self, leaf: LeafNumber, first: Gfn, pages: u64) -> Result<(), SpaceError> {
+        if self.backing(leaf) == Backing::Trapped {
+            self.resolve_leaf(leaf)?;
+        }
+        loop {
+            let _leaf = self.lock_leaf(leaf);
+            if self.is_protected(leaf) {
+                self.force_locked(leaf);
+                self.open_leaf(leaf)?;
+            }
+            let _remap = self.remapping();
+            if self.is_protected(leaf) {
+                continue;
+            }
+            if let Some(gfn) = self.pin_table().first_in(first, pages) {
+                return Err(SpaceError::Pinned { gfn });
+            }
+            if pages == wide(LEAF_PAGES) {
+                self.host.map_anonymous(leaf)?;
+                self.leaves[leaf.index()]
+                    .registered
+                    .store(0, Ordering::Release);
+                self.set_backing(leaf, Backing::Anonymous);
+                self.board.member(self.slot).set_map(leaf, None);
+                if self.is_cut_reserved() {
+                    self.host.register(leaf, 1, Traps::Stores)?;
+                    self.leaves[leaf.index()]
+                        .registered
+                        .store(1, Ordering::Release);
+                }
+                self.host.wake(leaf)?;
+            } else {
+                let is_block = matches!(self.backing(leaf), Backing::Block(_));
+                self.host.zero(first, pages, is_block)?;
+            }
+            return Ok(());
+        }
+    }
+}

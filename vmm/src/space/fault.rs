@@ -1,0 +1,150 @@
+//! Faults: the first touch of a leaf that is not known yet, and the store to a protected page.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::{Backing, Host, Patch, Space, SpaceError};
+use crate::frames::CutId;
+use crate::tables::{Entry, Found, resolve};
+use crate::words::{Gfn, LeafNumber};
+
+/// What trapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A first access to a leaf that traps every access.
+    Touch,
+    /// A store to a protected page.
+    Store,
+}
+
+/// How long to wait for a source before its name is logged.
+const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
+
+impl<H: Host> Space<H> {
+    /// Resolves a fault at `gfn` and wakes who waits there. See the case table of the module.
+    ///
+    /// # Errors
+    /// The page's bytes are lost (the leaf is poisoned by then), or the host refused.
+    pub fn handle_fault(&self, gfn: Gfn, fault: Fault) -> Result<(), SpaceError> {
+        let leaf = gfn.leaf();
+        match fault {
+            Fault::Touch => {
+                if self.backing(leaf) == Backing::Trapped {
+                    self.resolve_leaf(leaf)
+                } else {
+                    Ok(self.host.wake(leaf)?)
+                }
+            }
+            Fault::Store => {
+                self.counters.store_faults.fetch_add(1, Ordering::Relaxed);
+                let _leaf = self.lock_leaf(leaf);
+                if !self.is_protected(leaf) {
+                    return Ok(self.host.wake(leaf)?);
+                }
+                if self.is_copied_for_all(gfn) {
+                    let _remap = self.remapping();
+                    return Ok(self.host.unprotect_page(gfn)?);
+                }
+                self.force_locked(leaf);
+                self.open_leaf(leaf)
+            }
+        }
+    }
+
+    /// Whether every cut that waits for this page's leaf has a copy of the page: it was pinned.
+    fn is_copied_for_all(&self, gfn: Gfn) -> bool {
+        let pending = self.pending_cuts(gfn.leaf());
+        !pending.is_empty() && pending.iter().all(|cut| cut.copy_of(gfn).is_some())
+    }
+
+    /// Finds out what a trapped leaf holds and maps it. Waits for the source of a cut if need be.
+    ///
+    /// # Errors
+    /// The leaf is lost (and poisoned), the space is being stopped, or the host refused.
+    pub fn resolve_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        let found = self.find(leaf)?;
+        let _leaf = self.lock_leaf(leaf);
+        if self.backing(leaf) != Backing::Trapped {
+            return Ok(self.host.wake(leaf)?);
+        }
+        let area = self.board.member(self.slot);
+        let _remap = self.remapping();
+        let backing = match found {
+            Found::Zero => {
+                self.host.map_anonymous(leaf)?;
+                Backing::Anonymous
+            }
+            Found::Shared {
+                block: Some(block),
+                patches: None,
+            } if self.placeholder == Some(block) => {
+                area.set_map(leaf, Some(block));
+                Backing::Block(block)
+            }
+            Found::Shared { block, patches } => {
+                area.set_map(leaf, block);
+                let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
+                self.host
+                    .map_block(leaf, block, &patches)
+                    .inspect_err(|_| area.set_map(leaf, None))?;
+                block.map_or(Backing::Anonymous, Backing::Block)
+            }
+            Found::Lost | Found::Pending(_) => {
+                self.host.poison(leaf)?;
+                self.set_backing(leaf, Backing::Lost);
+                return Err(SpaceError::Lost {
+                    gfn: leaf.first_gfn(),
+                });
+            }
+        };
+        // The mapping is wholly right before the first access to it can pass.
+        self.set_backing(leaf, backing);
+        self.counters
+            .leaves_resolved
+            .fetch_add(1, Ordering::Relaxed);
+        self.host.unregister(leaf)?;
+        if self.is_cut_reserved() {
+            self.host.register(leaf, 1, super::Traps::Stores)?;
+            self.leaves[leaf.index()]
+                .registered
+                .store(1, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
+        let patches = self.board.cut(cut).patches(leaf);
+        (patches.first_frame..)
+            .zip(patches.pages.iter())
+            .map(|(frame, position)| Patch {
+                position,
+                cut,
+                frame,
+            })
+            .collect()
+    }
+
+    /// What the leaf holds, once that is known.
+    fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
+        let area = self.board.member(self.slot);
+        loop {
+            let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
+            let Found::Pending(cut) = found else {
+                return Ok(found);
+            };
+            if self.is_stopping() {
+                return Err(SpaceError::Stopping);
+            }
+            let asked = self.board.cut(cut);
+            asked.request(leaf);
+            let source = self.board.member(asked.source());
+            source.ring();
+            self.host.wake_word(source.doorbell());
+            let word = asked.raw(leaf);
+            self.host.wait_word(word, 0, SOURCE_PATIENCE);
+            if word.load(Ordering::Acquire) == 0 {
+                tracing::warn!(%cut, %leaf, source = asked.source(), "a source keeps its clone waiting");
+            }
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! Force: lent pages are published for those who need them, once for all of them; and what the
+//! source does with its own copy afterwards.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Backing, Host, OpenCut, PageSource, Space, SpaceError};
+use crate::board::{LeafWord, Patches};
+use crate::frames::CutId;
+use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
+
+/// What the source does with its own copy of a leaf that is published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// The protection is taken off; the memory is used twice.
+    Own,
+    /// The block takes the copy's place, where nothing else is in the way.
+    Shared,
+}
+
+/// Up to so many pages over a block are published as patches instead of a block of their own.
+/// A patch costs a reader 2.2 us and 4 KiB; a block costs it nothing, and its writer 2 MiB.
+const PATCH_LIMIT: usize = 8;
+
+/// What one cut said of a leaf just now.
+struct Settled {
+    cut: CutId,
+    lent: PageSet,
+    has_copies: bool,
+}
+
+impl<H: Host> Space<H> {
+    /// The cuts that wait for `leaf`, oldest first.
+    pub(super) fn pending_cuts(&self, leaf: LeafNumber) -> Vec<Arc<OpenCut>> {
+        let mut cuts = self.open_cuts();
+        cuts.retain(|cut| {
+            let area = self.board.cut(cut.id());
+            area.leaf(leaf) == LeafWord::Pending && !area.is_unneeded()
+        });
+        cuts
+    }
+
+    /// Publishes the leaf for all cuts that wait for it, and does with the source's copy as `keep`
+    /// says. Waits for no other process and no vCPU.
+    ///
+    /// # Errors
+    /// The host refused to open the leaf again. (A leaf that cannot be written is lost to the
+    /// clones, who are told; the source goes on.)
+    pub fn force(&self, leaf: LeafNumber, keep: Keep) -> Result<(), SpaceError> {
+        let _leaf = self.lock_leaf(leaf);
+        let Some(published) = self.force_locked(leaf) else {
+            // Nothing is pending, but somebody may have gone to sleep on a word of it meanwhile.
+            for cut in self.open_cuts() {
+                self.host.wake_word(self.board.cut(cut.id()).raw(leaf));
+            }
+            return Ok(());
+        };
+        match published {
+            Some((block, lent)) if keep == Keep::Shared && self.can_drop(leaf, &lent)? => {
+                self.drop_leaf(leaf, block)
+            }
+            _ => self.open_leaf(leaf),
+        }
+    }
+
+    /// Settles all that is pending on a leaf, whose lock is held. None: nothing was. Otherwise the
+    /// block that holds the newest cut's pages, and which those are, if there is such a block.
+    pub(super) fn force_locked(&self, leaf: LeafNumber) -> Option<Option<(CutId, PageSet)>> {
+        let pending = self.pending_cuts(leaf);
+        let mut last: Option<Settled> = None;
+        let mut newest_block = None;
+        for cut in &pending {
+            let lent = match cut.recorded(leaf) {
+                Some(lent) => Ok(lent),
+                None => self.lent_now(leaf),
+            };
+            let (word, lent) = match lent {
+                Ok(lent) => (self.publish_leaf(cut, leaf, &lent, last.as_ref()), lent),
+                Err(error) => {
+                    tracing::error!(%leaf, cut = %cut.id(), %error, "lent pages cannot be found");
+                    (LeafWord::Lost, PageSet::EMPTY)
+                }
+            };
+            newest_block = match word {
+                LeafWord::Block => Some((cut.id(), lent)),
+                LeafWord::Base => newest_block,
+                _ => None,
+            };
+            let area = self.board.cut(cut.id());
+            area.publish(leaf, word);
+            self.host.wake_word(area.raw(leaf));
+            last = Some(Settled {
+                cut: cut.id(),
+                lent,
+                has_copies: cut.has_copies_in(leaf),
+            });
+        }
+        (!pending.is_empty()).then_some(newest_block)
+    }
+
+    /// The pages of a leaf that are lent: anonymous and protected.
+    fn lent_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
+        let states = self
+            .host
+            .scan(leaf, 1)?
+            .first()
+            .map(|(_, states)| *states)
+            .unwrap_or_default();
+        Ok(states.anonymous.minus(&states.written))
+    }
+
+    /// Writes what one cut needs of a leaf, and returns what to say of it.
+    fn publish_leaf(
+        &self,
+        cut: &OpenCut,
+        leaf: LeafNumber,
+        lent: &PageSet,
+        last: Option<&Settled>,
+    ) -> LeafWord {
+        let copies = cut.copies_in(leaf);
+        if let Some(last) = last
+            && Some(last.cut) == cut.previous()
+            && last.lent == *lent
+            && !last.has_copies
+            && copies.is_empty()
+        {
+            return LeafWord::Base;
+        }
+        let base = match self.backing(leaf) {
+            Backing::Block(cut) => PageSource::Block(cut),
+            _ => PageSource::Zero,
+        };
+        let pages = lent.union(&copies);
+        let result = match base {
+            PageSource::Zero if pages.is_empty() => return LeafWord::Zero,
+            PageSource::Block(block) if pages.len() <= PATCH_LIMIT => {
+                self.write_patches(cut, leaf, block, &pages)
+            }
+            _ => self.write_block(cut, leaf, &pages, base),
+        };
+        result.unwrap_or_else(|error| {
+            tracing::error!(%leaf, cut = %cut.id(), %error, "a leaf cannot be published");
+            LeafWord::Lost
+        })
+    }
+
+    fn write_block(
+        &self,
+        cut: &OpenCut,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        base: PageSource<'_>,
+    ) -> Result<LeafWord, SpaceError> {
+        let sources: Vec<PageSource<'_>> = (0..LEAF_PAGES)
+            .map(|position| match pages.contains(position) {
+                true => cut.source_of(leaf.gfn(position)),
+                false => base,
+            })
+            .collect();
+        self.host.publish_block(cut.id(), leaf, &sources)?;
+        self.counters
+            .blocks_published
+            .fetch_add(1, Ordering::Relaxed);
+        Ok(LeafWord::Block)
+    }
+
+    fn write_patches(
+        &self,
+        cut: &OpenCut,
+        leaf: LeafNumber,
+        block: CutId,
+        pages: &PageSet,
+    ) -> Result<LeafWord, SpaceError> {
+        let sources: Vec<_> = pages
+            .iter()
+            .map(|position| (position, cut.source_of(leaf.gfn(position))))
+            .collect();
+        let count = u32::try_from(sources.len()).expect("a leaf has 512 pages");
+        let first_frame = cut.take_frames(count);
+        if count > 0 {
+            self.host
+                .publish_patches(cut.id(), leaf, first_frame, &sources)?;
+        }
+        self.board.cut(cut.id()).set_patches(
+            leaf,
+            &Patches {
+                block: Some(block),
+                first_frame,
+                pages: *pages,
+            },
+        );
+        self.counters
+            .patches_published
+            .fetch_add(u64::from(count), Ordering::Relaxed);
+        Ok(LeafWord::Patched)
+    }
+
+    /// Takes the protection off a leaf on which nothing is pending any more. Its lock is held.
+    pub(super) fn open_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        let _remap = self.remapping();
+        if self.is_cut_reserved() {
+            self.host.unprotect(leaf)?;
+        } else {
+            self.host.unregister(leaf)?;
+            self.leaves[leaf.index()]
+                .registered
+                .store(0, Ordering::Release);
+        }
+        self.leaves[leaf.index()]
+            .protected
+            .store(0, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the source's pages of a published leaf are all in its block, and none is pinned.
+    fn can_drop(&self, leaf: LeafNumber, lent: &PageSet) -> Result<bool, SpaceError> {
+        if self.pin_table().pins_in(leaf) > 0 {
+            return Ok(false);
+        }
+        let states = self
+            .host
+            .scan(leaf, 1)?
+            .first()
+            .map(|(_, states)| *states)
+            .unwrap_or_default();
+        Ok(states.anonymous == *lent && states.written.is_empty())
+    }
+
+    /// Puts the block in the place of the source's own pages, which are still protected: no store
+    /// can have happened since they were published. The leaf's lock is held.
+    fn drop_leaf(&self, leaf: LeafNumber, block: CutId) -> Result<(), SpaceError> {
+        let remap = self.remapping();
+        let has_new_cut = self.is_cut_reserved();
+        if has_new_cut {
+            // The coming cut has looked at this leaf already, or will: leave it as it is.
+            drop(remap);
+            return self.open_leaf(leaf);
+        }
+        let area = self.board.member(self.slot);
+        let old = area.map(leaf);
+        area.set_map(leaf, Some(block));
+        if let Err(error) = self.host.map_block(leaf, Some(block), &[]) {
+            area.set_map(leaf, old);
+            drop(remap);
+            self.open_leaf(leaf)?;
+            return Err(error.into());
+        }
+        self.set_backing(leaf, Backing::Block(block));
+        self.leaves[leaf.index()]
+            .registered
+            .store(0, Ordering::Release);
+        self.leaves[leaf.index()]
+            .protected
+            .store(0, Ordering::Release);
+        self.host.wake(leaf)?;
+        self.counters.leaves_dropped.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Answers all requests for leaves of this VM's cuts. Call whenever the doorbell has rung.
+    ///
+    /// # Errors
+    /// The host refused; the other requests have been answered.
+    pub fn serve_requests(&self, keep: Keep) -> Result<(), SpaceError> {
+        let mut result = Ok(());
+        for cut in self.open_cuts() {
+            for leaf in self.board.cut(cut.id()).take_requests() {
+                if let Err(error) = self.force(leaf, keep) {
+                    result = Err(error);
+                }
+            }
+        }
+        result
+    }
+
+    /// Publishes one more leaf that a cut still needs. False: nothing is pending.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn publish_next(&self, keep: Keep) -> Result<bool, SpaceError> {
+        for cut in self.open_cuts() {
+            let area = self.board.cut(cut.id());
+            if area.is_unneeded() {
+                continue;
+            }
+            if let Some(leaf) = area.pending().next() {
+                self.force(leaf, keep)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Forgets the cuts on which nothing is pending; returns them. Their words say all.
+    pub fn finished_cuts(&self) -> Vec<CutId> {
+        let mut finished = Vec::new();
+        let mut cuts = self
+            .cuts
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        cuts.retain(|cut| {
+            let is_pending = self.board.cut(cut.id()).pending().next().is_some();
+            if !is_pending {
+                finished.push(cut.id());
+            }
+            is_pending
+        });
+        finished
+    }
+
+    /// The keeper has declared `cut` unneeded: takes the protection off every leaf that waited for
+    /// it alone, without a copy, and forgets the cut.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn release_cut(&self, cut: CutId) -> Result<(), SpaceError> {
+        let area = self.board.cut(cut);
+        for leaf in area.pending() {
+            let _leaf = self.lock_leaf(leaf);
+            if self.is_protected(leaf) && self.pending_cuts(leaf).is_empty() {
+                self.open_leaf(leaf)?;
+                self.counters.leaves_reused.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        self.cuts
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .retain(|open| open.id() != cut);
+        Ok(())
+    }
+}
