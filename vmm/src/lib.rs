@@ -6,3 +6,4 @@
 compile_error!("salp runs on x86-64 Linux only");
 
 pub mod words;
+pub mod ipc;
