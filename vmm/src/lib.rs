@@ -7,3 +7,4 @@ compile_error!("salp runs on x86-64 Linux only");
 
 pub mod words;
 pub mod ipc;
+pub mod arena_files;

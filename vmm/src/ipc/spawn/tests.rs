@@ -52,6 +52,8 @@ fn a_child_plays_its_part() {
         }
         other => panic!("no part {other}"),
     }
+    // Before the harness reports a test that is none.
+    std::process::exit(0);
 }
 
 /// Two channels at numbers 3 and 4: says on each which it is, and which descriptors it has.
@@ -64,7 +66,6 @@ fn echo() {
         channel.send(&open_descriptors(), &[]).expect("send");
     }
     assert!(channels[0].receive::<()>().expect("receive").is_none());
-    std::process::exit(0);
 }
 
 fn sleep() {
