@@ -11,3 +11,5 @@ pub mod frames;
 pub mod space;
 pub mod tables;
 pub mod words;
+pub mod ipc;
+pub mod arena_files;

@@ -1,0 +1,31 @@
+# One command does each thing; `make help` lists them. All need Rust and a C compiler (the linker).
+
+CARGO ?= cargo
+# Each whole-system test starts virtual machines of its own: more at once than cores only disturbs them.
+TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint fmt clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build salp, optimised: target/release/salp
+	$(CARGO) build --release --package salp
+
+demo: build ## Fork a running microVM and show what it cost
+	target/release/salp demo
+
+# --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
+test: lint ## Check and test everything; what the host cannot do is reported as SKIPPED
+	$(CARGO) test --workspace --no-fail-fast -- --test-threads=$(TEST_THREADS) --show-output
+
+lint: ## Check formatting and clippy's rules
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+fmt: ## Format all code
+	$(CARGO) fmt --all
+
+clean: ## Remove what was built
+	$(CARGO) clean
