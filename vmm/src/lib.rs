@@ -5,5 +5,6 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
-pub mod kvm;
 pub mod words;
+
+pub mod kvm;

@@ -69,5 +69,8 @@ pub fn close(
             }
         })
         .map(Closing)
-        .map_err(|source| KvmError::Ioctl { name: "starting a closing thread", source })
+        .map_err(|source| KvmError::Ioctl {
+            name: "starting a closing thread",
+            source,
+        })
 }

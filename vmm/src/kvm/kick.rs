@@ -1,4 +1,7 @@
-#![expect(unsafe_code, reason = "sends a signal and writes to a mapping shared with the kernel")]
+#![expect(
+    unsafe_code,
+    reason = "sends a signal and writes to a mapping shared with the kernel"
+)]
 //! How a thread is made to leave `KVM_RUN`, or a call in which it waits.
 //!
 //! Key types: [`StopSignal`], which everything that waits on a vCPU's thread heeds;
@@ -56,7 +59,10 @@ impl StopSignal {
             name: "eventfd",
             source: errno.into(),
         })?;
-        Ok(Self { raised: AtomicBool::new(false), event })
+        Ok(Self {
+            raised: AtomicBool::new(false),
+            event,
+        })
     }
 
     /// Whether the vCPU is to stop.
@@ -78,7 +84,11 @@ impl StopSignal {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let left = left.map(|left| Timespec::try_from(left).expect("less than the timeout"));
             let mut fds = vec![PollFd::new(&self.event, PollFlags::IN)];
-            fds.extend(other.as_ref().map(|other| PollFd::new(other, PollFlags::IN)));
+            fds.extend(
+                other
+                    .as_ref()
+                    .map(|other| PollFd::new(other, PollFlags::IN)),
+            );
             match poll(&mut fds, left.as_ref()) {
                 Ok(0) => return Woken::Timeout,
                 Ok(_) if fds[0].revents().is_empty() => return Woken::Ready,
@@ -186,9 +196,7 @@ pub(super) fn this_thread() -> i32 {
 pub(super) fn kick(thread: i32) {
     // SAFETY: tgkill takes numbers; the handler of this signal, installed before the thread told
     // its number, does nothing.
-    let result = unsafe {
-        libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal())
-    };
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal()) };
     debug_assert_eq!(result, 0, "the thread is alive, so it can be signalled");
 }
 

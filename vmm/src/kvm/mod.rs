@@ -25,16 +25,16 @@ pub mod stats;
 pub mod vcpu;
 pub mod vm;
 
-#[cfg(any())]
+#[cfg(test)]
 mod guest;
-#[cfg(any())]
+#[cfg(test)]
 mod tests;
 
 pub use close::{Closed, Closing, close};
 pub use error::KvmError;
 pub use host::{HostDescription, HostKind, Kvm};
 pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
-pub use state::VcpuState;
 pub use run::Exits;
+pub use state::VcpuState;
 pub use vcpu::{Times, VcpuThread, resume_all, stop_all};
 pub use vm::{HostAddress, Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState};

@@ -1,4 +1,7 @@
-#![expect(unsafe_code, reason = "reads the union in kvm_run that describes an internal error")]
+#![expect(
+    unsafe_code,
+    reason = "reads the union in kvm_run that describes an internal error"
+)]
 //! The exit loop: enters `KVM_RUN`, hands exits to the [`Machine`], leaves when a stop is raised or
 //! the guest's run ends.
 //!
@@ -125,7 +128,17 @@ enum Cause {
 
 impl Running {
     pub(super) const fn new(vcpu: Vcpu) -> Self {
-        Self { vcpu, open_call: None, due: Due::Nothing }
+        Self {
+            vcpu,
+            open_call: None,
+            due: Due::Nothing,
+        }
+    }
+
+    /// The vCPU has got another state: what was left of its last exit is of no account.
+    pub(super) const fn forget_exit(&mut self) {
+        self.open_call = None;
+        self.due = Due::Nothing;
     }
 
     /// Runs the guest until a stop is raised (`None`) or its run ends. The state is clean after a
@@ -135,7 +148,6 @@ impl Running {
     }
 
     fn run_until_end(&mut self, context: &Context<'_>) -> Result<(), End> {
-        context.times.expect_entry();
         loop {
             if let Some(open) = self.open_call {
                 // A stop that comes again before the call has gone on leaves it open.
@@ -256,7 +268,11 @@ impl Running {
             CallOutcome::Return => registers.store_into(&mut regs),
             CallOutcome::Interrupted => regs.rax = call::AGAIN,
             CallOutcome::InterruptedWith(shown_rax) => {
-                self.open_call = Some(OpenCall { number, registers: before, shown_rax });
+                self.open_call = Some(OpenCall {
+                    number,
+                    registers: before,
+                    shown_rax,
+                });
                 return Ok(());
             }
         }

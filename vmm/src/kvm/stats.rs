@@ -10,15 +10,17 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{
-    KVM_STATS_TYPE_LINEAR_HIST, KVM_STATS_TYPE_LOG_HIST, KVM_STATS_TYPE_MASK, KVMIO,
-    kvm_stats_desc, kvm_stats_header,
+    KVM_STATS_TYPE_LINEAR_HIST, KVM_STATS_TYPE_LOG_HIST, KVM_STATS_TYPE_MASK, kvm_stats_desc,
+    kvm_stats_header,
 };
 use vmm_sys_util::ioctl::ioctl;
-use vmm_sys_util::ioctl_io_nr;
 
 use super::error::KvmError;
 
-ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+/// The ioctl's number, in a module of its own because the macro makes it public.
+mod number {
+    vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+}
 
 /// More descriptors or longer names than this are not believed.
 const LIMIT: usize = 4096;
@@ -30,13 +32,16 @@ const LIMIT: usize = 4096;
 /// The kernel has no binary statistics, or a read failed.
 pub fn stats(of: &impl AsRawFd) -> Result<BTreeMap<String, u64>, KvmError> {
     // SAFETY: the ioctl takes no argument and returns a new descriptor or -1.
-    let fd = unsafe { ioctl(of, KVM_GET_STATS_FD()) };
+    let fd = unsafe { ioctl(of, number::KVM_GET_STATS_FD()) };
     if fd < 0 {
         return Err(KvmError::last_os("KVM_GET_STATS_FD"));
     }
     // SAFETY: the descriptor is new and owned by nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
-    read(&file).map_err(|source| KvmError::Ioctl { name: "reading kvm statistics", source })
+    read(&file).map_err(|source| KvmError::Ioctl {
+        name: "reading kvm statistics",
+        source,
+    })
 }
 
 /// The 4 bytes at `offset` as a number. The caller has checked the bounds.
@@ -58,7 +63,9 @@ fn read(file: &File) -> std::io::Result<BTreeMap<String, u64>> {
     let descriptors_at = at(std::mem::offset_of!(kvm_stats_header, desc_offset));
     let data_at = at(std::mem::offset_of!(kvm_stats_header, data_offset));
     if name_bytes > LIMIT || count > LIMIT {
-        return Err(std::io::Error::other("the statistics header makes no sense"));
+        return Err(std::io::Error::other(
+            "the statistics header makes no sense",
+        ));
     }
     let fixed_bytes = size_of::<kvm_stats_desc>();
     let mut descriptors = vec![0; (fixed_bytes + name_bytes) * count];

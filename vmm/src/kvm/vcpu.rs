@@ -49,7 +49,7 @@ use crate::words::wide;
 pub struct Times {
     /// The stop was requested.
     pub requested_ns: u64,
-    /// The vCPU was stopped, its state clean.
+    /// The vCPU was stopped, its state clean; if it was so before the request, that moment.
     pub stopped_ns: u64,
     /// The resume was ordered.
     pub resumed_ns: u64,
@@ -80,12 +80,6 @@ pub fn monotonic_ns() -> u64 {
 impl TimeStamps {
     // All relaxed: each is a figure for reports. Who needs several that belong together reads them
     // while the vCPU is stopped, ordered by the slot's lock.
-
-    /// The next entry is the first one after a resume.
-    pub(super) fn expect_entry(&self) {
-        self.entered.store(0, Ordering::Relaxed);
-        self.first_exit.store(0, Ordering::Relaxed);
-    }
 
     pub(super) fn entering(&self) {
         if self.entered.load(Ordering::Relaxed) == 0 {
@@ -234,7 +228,11 @@ impl VcpuThread {
         let shared = Arc::new(Shared {
             index,
             // As if the thread were on its way to be parked: whoever waits for that, waits.
-            slot: Mutex::new(Slot { order: Order::Stop, phase: Phase::Running(0), ended: false }),
+            slot: Mutex::new(Slot {
+                order: Order::Stop,
+                phase: Phase::Running(0),
+                ended: false,
+            }),
             changed: Condvar::new(),
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
@@ -252,10 +250,17 @@ impl VcpuThread {
                     thread(&for_thread, machine.as_ref(), vcpu);
                 }
             })
-            .map_err(|source| KvmError::Ioctl { name: "starting a vcpu thread", source })?;
+            .map_err(|source| KvmError::Ioctl {
+                name: "starting a vcpu thread",
+                source,
+            })?;
         let gone = Err(KvmError::Gone { vcpu: index });
         prepared.recv().unwrap_or(gone)?;
-        let this = Self { shared, immediate_exit, thread: Some(thread) };
+        let this = Self {
+            shared,
+            immediate_exit,
+            thread: Some(thread),
+        };
         this.wait_parked(None)?;
         Ok(this)
     }
@@ -268,21 +273,25 @@ impl VcpuThread {
 
     /// Asks the vCPU to stop; does not wait.
     pub fn request_stop(&self) {
-        TimeStamps::stamp(&self.shared.times.requested);
         self.order(Order::Stop);
     }
 
     /// Gives an order other than to run.
     fn order(&self, order: Order) {
         let mut slot = self.shared.lock();
-        if slot.order != Order::Quit {
-            slot.order = order;
-        }
+        let times = &self.shared.times;
+        TimeStamps::stamp(&times.requested);
+        slot.order = order;
         self.shared.stop.raise();
         self.immediate_exit.set();
-        if let Phase::Running(thread) = slot.phase {
+        match slot.phase {
             // Under the lock, so that the thread is still there.
-            kick::kick(thread);
+            Phase::Running(thread) => kick::kick(thread),
+            // Also where a resume has not reached the thread yet.
+            Phase::Parked(_) => times
+                .stopped
+                .store(times.read().requested_ns, Ordering::Relaxed),
+            Phase::Gone => {}
         }
         self.shared.changed.notify_all();
     }
@@ -323,7 +332,10 @@ impl VcpuThread {
         self.with_stopped(|slot| {
             slot.order = Order::Run;
             self.shared.stop.lower();
-            TimeStamps::stamp(&self.shared.times.resumed);
+            let times = &self.shared.times;
+            times.entered.store(0, Ordering::Relaxed);
+            times.first_exit.store(0, Ordering::Relaxed);
+            TimeStamps::stamp(&times.resumed);
         })?;
         self.shared.changed.notify_all();
         Ok(())
@@ -374,7 +386,7 @@ impl VcpuThread {
                 unreachable!("a stopped vcpu is parked")
             };
             running.vcpu.set(state)?;
-            running.open_call = None;
+            running.forget_exit();
             slot.ended = false;
             // An ended vCPU may still have the order to run; it waits for a new one.
             slot.order = Order::Stop;
@@ -398,7 +410,10 @@ impl VcpuThread {
     pub fn show_result(&self, rax: u64) -> Result<(), KvmError> {
         let vcpu = self.index();
         self.with_vcpu(|running| {
-            let open = running.open_call.as_mut().ok_or(KvmError::NoOpenCall { vcpu })?;
+            let open = running
+                .open_call
+                .as_mut()
+                .ok_or(KvmError::NoOpenCall { vcpu })?;
             open.shown_rax = rax;
             Ok(())
         })?
@@ -434,7 +449,9 @@ impl VcpuThread {
 impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.order(Order::Quit);
-        let Some(thread) = self.thread.take() else { return };
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
         // The last handle can be dropped by the machine, on the vCPU's own thread.
         if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
             tracing::error!(vcpu = wide(self.index()), "a vcpu thread panicked");
