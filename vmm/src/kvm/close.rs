@@ -9,10 +9,10 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::KvmError;
-use super::vcpu::{VcpuThread, stop_all};
+use super::vcpu::VcpuThread;
 use super::vm::Vm;
 
 /// How long vCPUs may take to stop before what they wait for is released.
@@ -55,8 +55,13 @@ pub fn close(
     std::thread::Builder::new()
         .name("vm-close".to_owned())
         .spawn(move || {
-            if let Err(error) = stop_all(&vcpus, PATIENCE) {
-                tracing::debug!(%error, "a vcpu stops only after the release");
+            vcpus.iter().for_each(VcpuThread::request_stop);
+            let deadline = Instant::now() + PATIENCE;
+            for vcpu in &vcpus {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if let Err(error) = vcpu.wait_stopped(left) {
+                    tracing::debug!(%error, "a vcpu stops only after the release");
+                }
             }
             release();
             drop(vcpus);

@@ -46,7 +46,9 @@ pub trait Machine: Send + Sync {
         stop: &StopSignal,
     ) -> CallOutcome;
 
-    /// The guest's run has ended; the vCPU stays stopped from now on (unless a state is set into it).
+    /// The guest's run has ended on this vCPU, which stays stopped from now on (unless a state is
+    /// set into it). The other vCPUs run on until they are stopped. This one counts as stopped
+    /// once this method has returned: wait for that before touching its state.
     fn ended(&self, vcpu: usize, end: End);
 
     /// Reads guest memory for the description of an end. Returns whether it could; a machine that
@@ -127,7 +129,7 @@ pub enum End {
     /// The guest asked for it, with this status.
     Exit(u32),
     /// An exception while delivering an exception while delivering an exception, or a shutdown.
-    TripleFault(Dump),
+    TripleFault(Box<Dump>),
     /// KVM could not emulate an instruction or deliver an event.
     EmulationError {
         /// `kvm_run.internal.suberror`.
@@ -135,10 +137,10 @@ pub enum End {
         /// `kvm_run.internal.data`.
         data: Vec<u64>,
         /// The vCPU at that moment.
-        dump: Dump,
+        dump: Box<Dump>,
     },
     /// `HLT` on a vCPU without an in-kernel APIC: nothing could wake it.
-    HaltedForGood(Dump),
+    HaltedForGood(Box<Dump>),
     /// `KVM_RUN` failed.
     RunFailed {
         /// The error.
@@ -146,14 +148,14 @@ pub enum End {
         /// The guest memory that it concerned, where KVM tells.
         gpa: Option<Gpa>,
         /// The vCPU at that moment.
-        dump: Dump,
+        dump: Box<Dump>,
     },
     /// An exit that salp knows nothing about.
     Unexpected {
         /// Its name.
         exit: String,
         /// The vCPU at that moment.
-        dump: Dump,
+        dump: Box<Dump>,
     },
 }
 

@@ -26,6 +26,8 @@ pub mod vcpu;
 pub mod vm;
 
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod guest;
 #[cfg(test)]
 mod tests;

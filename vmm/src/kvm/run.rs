@@ -283,7 +283,7 @@ impl Running {
     }
 
     fn end(&mut self, cause: Cause, machine: &dyn Machine) -> End {
-        let dump = self.dump(machine);
+        let dump = Box::new(self.dump(machine));
         match cause {
             Cause::Shutdown => End::TripleFault(dump),
             Cause::Halted => End::HaltedForGood(dump),
