@@ -305,6 +305,16 @@ impl Setup {
         self.threads.iter().map(check).collect()
     }
 
+    /// Waits until every vCPU of a running COUNT guest has come round once more.
+    pub(super) fn await_progress(&self) {
+        for reads in &self.bench.reads[..self.threads.len()] {
+            let before = reads.load(Ordering::SeqCst);
+            while reads.load(Ordering::SeqCst) == before {
+                std::thread::yield_now();
+            }
+        }
+    }
+
     pub(super) fn finish_count(&self) {
         self.ram.store(Gpa(guest::FLAG), 1);
         for _ in &self.threads {

@@ -81,14 +81,13 @@ fn a_saved_state_goes_on_in_another_vm() {
     for vcpus in [1, 2] {
         let source = Setup::new(&kvm, guest::COUNT, vcpus, Irqchip::Split, Ring::User);
         source.resume();
-        while source.bench.reads[0].load(Ordering::SeqCst) < 3 {
-            std::thread::yield_now();
-        }
+        source.await_progress();
         source.stop();
         let at_cut = source.check_count();
         let clone = source.fork(&kvm);
         assert_eq!(clone.check_count(), at_cut);
         source.resume();
+        source.await_progress();
         clone.resume();
         clone.finish_count();
         source.stop();
@@ -110,10 +109,7 @@ fn two_vcpus_stop_together() {
     let setup = Setup::new(&kvm, guest::COUNT, 2, Irqchip::Full, Ring::User);
     for _ in 0..20 {
         setup.resume();
-        let before = setup.bench.reads[1].load(Ordering::SeqCst);
-        while setup.bench.reads[1].load(Ordering::SeqCst) == before {
-            std::thread::yield_now();
-        }
+        setup.await_progress();
         setup.stop();
         setup.check_count();
     }
@@ -304,9 +300,7 @@ fn a_state_survives_its_bytes_and_being_set() {
     let kvm = kvm_or_skip!();
     let setup = Setup::user(&kvm, guest::COUNT);
     setup.resume();
-    while setup.bench.reads[0].load(Ordering::SeqCst) == 0 {
-        std::thread::yield_now();
-    }
+    setup.await_progress();
     setup.stop();
     let state = setup.threads[0].save().expect("stopped");
     let bytes = postcard::to_stdvec(&state).expect("plain data");
