@@ -5,11 +5,12 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
-pub mod board;
-pub mod family;
-pub mod frames;
-pub mod space;
-pub mod tables;
 pub mod words;
+pub mod board;
+pub mod frames;
+pub mod tables;
+pub mod family;
+pub mod space;
 pub mod ipc;
 pub mod arena_files;
+pub mod kvm;

@@ -1,0 +1,483 @@
+//! One thread per vCPU, and the protocol that stops it, hands its state over, and resumes it.
+//!
+//! Key type: [`VcpuThread`], the handle.
+//!
+//! # Protocol
+//! A thread starts *parked*: it has put its vCPU into the shared slot and waits. [`resume`] lets it
+//! take the vCPU out and run. [`request_stop`] makes it leave the guest (see `kick`); it finishes
+//! pending accesses, puts the vCPU back, and is parked again, which [`wait_stopped`] waits for.
+//! While it is parked any thread may save and set the state: the slot's lock is the right to touch
+//! the vCPU. To stop a VM, request all, then wait for all ([`stop_all`]).
+//!
+//! | phase | vCPU is with | left by |
+//! |---|---|---|
+//! | parked | the slot | `resume`, unless the guest's run has ended; or the handle's drop |
+//! | running | the thread | `request_stop`, or the end of the guest's run |
+//! | gone | nobody | never |
+//!
+//! A halted vCPU sits inside `KVM_RUN`; the kick gets it out, and that it was halted is part of the
+//! saved state (`mp_state`). A vCPU inside a *call* that blocks is told by its stop signal; what
+//! the call then leaves behind is said at [`CallOutcome`](super::CallOutcome).
+//!
+//! Known hole: a vCPU that waits in the kernel for a page of its page tables (behind a userfaultfd)
+//! notices the kick only when that page is resolved.
+//!
+//! [`resume`]: VcpuThread::resume
+//! [`request_stop`]: VcpuThread::request_stop
+//! [`wait_stopped`]: VcpuThread::wait_stopped
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::KvmError;
+use super::kick::{self, ImmediateExit, StopSignal};
+use super::machine::Machine;
+use super::run::{Context, ExitCounters, Exits, Running};
+use super::state::VcpuState;
+use super::stats::stats;
+use super::vm::Vcpu;
+use crate::words::wide;
+
+/// Moments of a vCPU's last stop and resume, in nanoseconds of `CLOCK_MONOTONIC` (the same in all
+/// processes of a host). 0: has not happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Times {
+    /// The stop was requested.
+    pub requested_ns: u64,
+    /// The vCPU was stopped, its state clean; if it was so before the request, that moment.
+    pub stopped_ns: u64,
+    /// The resume was ordered.
+    pub resumed_ns: u64,
+    /// Right before the first `KVM_RUN` after the resume.
+    pub entered_ns: u64,
+    /// That `KVM_RUN` returned: the guest's first instruction was before this.
+    pub first_exit_ns: u64,
+}
+
+/// [`Times`], written by the vCPU's thread and its stoppers.
+#[derive(Debug, Default)]
+pub(super) struct TimeStamps {
+    requested: AtomicU64,
+    stopped: AtomicU64,
+    resumed: AtomicU64,
+    entered: AtomicU64,
+    first_exit: AtomicU64,
+}
+
+/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let [s, ns] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
+    s * 1_000_000_000 + ns
+}
+
+impl TimeStamps {
+    // All relaxed: each is a figure for reports. Who needs several that belong together reads them
+    // while the vCPU is stopped, ordered by the slot's lock.
+
+    pub(super) fn entering(&self) {
+        if self.entered.load(Ordering::Relaxed) == 0 {
+            self.entered.store(monotonic_ns(), Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn left(&self) {
+        if self.first_exit.load(Ordering::Relaxed) == 0 {
+            self.first_exit.store(monotonic_ns(), Ordering::Relaxed);
+        }
+    }
+
+    fn stamp(moment: &AtomicU64) {
+        moment.store(monotonic_ns(), Ordering::Relaxed);
+    }
+
+    fn read(&self) -> Times {
+        let at = |moment: &AtomicU64| moment.load(Ordering::Relaxed);
+        Times {
+            requested_ns: at(&self.requested),
+            stopped_ns: at(&self.stopped),
+            resumed_ns: at(&self.resumed),
+            entered_ns: at(&self.entered),
+            first_exit_ns: at(&self.first_exit),
+        }
+    }
+}
+
+/// What the thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Stop,
+    Run,
+    Quit,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Parked(Box<Running>),
+    /// With the kernel's number of the thread.
+    Running(i32),
+    Gone,
+}
+
+/// The state shared by the handle and the thread. Locked for microseconds, or while a state is
+/// saved or set.
+#[derive(Debug)]
+struct Slot {
+    order: Order,
+    phase: Phase,
+    /// The guest's run has ended: resuming does nothing.
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    index: usize,
+    slot: Mutex<Slot>,
+    /// Order or phase has changed.
+    changed: Condvar,
+    stop: StopSignal,
+    times: TimeStamps,
+    exits: ExitCounters,
+}
+
+impl Shared {
+    /// The slot. A panic under the lock leaves it whole: all changes are single assignments.
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Parks the vCPU until it is to run; `None` when the thread is to end.
+    fn park(&self, running: Box<Running>, ended: bool) -> Option<Box<Running>> {
+        let mut slot = self.lock();
+        slot.ended |= ended;
+        slot.phase = Phase::Parked(running);
+        TimeStamps::stamp(&self.times.stopped);
+        self.changed.notify_all();
+        let mut slot = self
+            .changed
+            .wait_while(slot, |slot| match slot.order {
+                Order::Stop => true,
+                Order::Run => slot.ended,
+                Order::Quit => false,
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot.order == Order::Quit {
+            return None;
+        }
+        match std::mem::replace(&mut slot.phase, Phase::Running(kick::this_thread())) {
+            Phase::Parked(running) => Some(running),
+            Phase::Running(_) | Phase::Gone => unreachable!("only this thread unparks"),
+        }
+    }
+}
+
+/// Tells everyone who waits that the thread is leaving, also by a panic.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        // The vCPU is closed here, outside the lock.
+        let phase = std::mem::replace(&mut self.0.lock().phase, Phase::Gone);
+        self.0.changed.notify_all();
+        drop(phase);
+    }
+}
+
+/// The body of a vCPU's thread.
+fn thread(shared: &Shared, machine: &dyn Machine, vcpu: Vcpu) {
+    let _leaving = Leaving(shared);
+    let context = Context {
+        machine,
+        stop: &shared.stop,
+        times: &shared.times,
+        exits: &shared.exits,
+    };
+    let mut next = shared.park(Box::new(Running::new(vcpu)), false);
+    while let Some(mut running) = next {
+        let end = running.run(&context);
+        let ended = end.is_some();
+        if let Some(end) = end {
+            machine.ended(shared.index, end);
+        }
+        next = shared.park(running, ended);
+    }
+}
+
+/// The handle of a vCPU's thread. Dropping it stops the vCPU, closes it and waits for the thread.
+#[derive(Debug)]
+pub struct VcpuThread {
+    shared: Arc<Shared>,
+    immediate_exit: ImmediateExit,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of a vCPU, parked.
+    ///
+    /// # Errors
+    /// No thread, mapping, signal handler or descriptor could be had.
+    pub fn spawn(vcpu: Vcpu, machine: Arc<dyn Machine>) -> Result<Self, KvmError> {
+        let index = vcpu.index;
+        let immediate_exit = ImmediateExit::map(&vcpu.fd)?;
+        let shared = Arc::new(Shared {
+            index,
+            // As if the thread were on its way to be parked: whoever waits for that, waits.
+            slot: Mutex::new(Slot {
+                order: Order::Stop,
+                phase: Phase::Running(0),
+                ended: false,
+            }),
+            changed: Condvar::new(),
+            stop: StopSignal::new()?,
+            times: TimeStamps::default(),
+            exits: ExitCounters::default(),
+        });
+        // Held until the thread has parked, so that nobody signals a thread that has no number yet.
+        let (ready, prepared) = std::sync::mpsc::sync_channel(1);
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || {
+                let result = kick::prepare_this_thread();
+                let failed = result.is_err();
+                if ready.send(result).is_ok() && !failed {
+                    thread(&for_thread, machine.as_ref(), vcpu);
+                }
+            })
+            .map_err(|source| KvmError::Ioctl {
+                name: "starting a vcpu thread",
+                source,
+            })?;
+        let gone = Err(KvmError::Gone { vcpu: index });
+        prepared.recv().unwrap_or(gone)?;
+        let this = Self {
+            shared,
+            immediate_exit,
+            thread: Some(thread),
+        };
+        this.wait_parked(None)?;
+        Ok(this)
+    }
+
+    /// The vCPU's index in its VM.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.shared.index
+    }
+
+    /// Asks the vCPU to stop; does not wait.
+    pub fn request_stop(&self) {
+        self.order(Order::Stop);
+    }
+
+    /// Gives an order other than to run.
+    fn order(&self, order: Order) {
+        let mut slot = self.shared.lock();
+        let times = &self.shared.times;
+        TimeStamps::stamp(&times.requested);
+        slot.order = order;
+        self.shared.stop.raise();
+        self.immediate_exit.set();
+        match slot.phase {
+            // Under the lock, so that the thread is still there.
+            Phase::Running(thread) => kick::kick(thread),
+            // Also where a resume has not reached the thread yet.
+            Phase::Parked(_) => times
+                .stopped
+                .store(times.read().requested_ns, Ordering::Relaxed),
+            Phase::Gone => {}
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until the vCPU is stopped, because it was asked to or because its run has ended.
+    ///
+    /// # Errors
+    /// It did not stop in time, or its thread is gone.
+    pub fn wait_stopped(&self, timeout: Duration) -> Result<(), KvmError> {
+        self.wait_parked(Some(timeout))
+    }
+
+    fn wait_parked(&self, timeout: Option<Duration>) -> Result<(), KvmError> {
+        let vcpu = self.index();
+        let start = Instant::now();
+        let mut slot = self.shared.lock();
+        loop {
+            match slot.phase {
+                Phase::Parked(_) if slot.order == Order::Stop || slot.ended => return Ok(()),
+                Phase::Gone => return Err(KvmError::Gone { vcpu }),
+                Phase::Parked(_) | Phase::Running(_) => {}
+            }
+            let left = timeout.map_or(Duration::MAX, |t| t.saturating_sub(start.elapsed()));
+            if left.is_zero() {
+                let waited_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+                return Err(KvmError::StopTimeout { vcpu, waited_ms });
+            }
+            let waited = self.shared.changed.wait_timeout(slot, left);
+            slot = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Lets a stopped vCPU go on. One whose run has ended stays stopped.
+    ///
+    /// # Errors
+    /// It is not stopped, or its thread is gone.
+    pub fn resume(&self) -> Result<(), KvmError> {
+        self.with_stopped(|slot| {
+            slot.order = Order::Run;
+            self.shared.stop.lower();
+            let times = &self.shared.times;
+            times.entered.store(0, Ordering::Relaxed);
+            times.first_exit.store(0, Ordering::Relaxed);
+            TimeStamps::stamp(&times.resumed);
+        })?;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Runs `work` on the slot of a stopped vCPU.
+    fn with_stopped<R>(&self, work: impl FnOnce(&mut Slot) -> R) -> Result<R, KvmError> {
+        let vcpu = self.index();
+        let mut slot = self.shared.lock();
+        match slot.phase {
+            Phase::Gone => Err(KvmError::Gone { vcpu }),
+            Phase::Parked(_) if slot.order == Order::Stop || slot.ended => Ok(work(&mut slot)),
+            Phase::Parked(_) | Phase::Running(_) => Err(KvmError::NotStopped { vcpu }),
+        }
+    }
+
+    fn with_vcpu<R>(&self, work: impl FnOnce(&mut Running) -> R) -> Result<R, KvmError> {
+        self.with_stopped(|slot| match &mut slot.phase {
+            Phase::Parked(running) => work(running),
+            Phase::Running(_) | Phase::Gone => unreachable!("a stopped vcpu is parked"),
+        })
+    }
+
+    /// Saves the state of a stopped vCPU. If it is inside an open call, the state shows that call
+    /// as returned with what the machine chose, see [`CallOutcome`](super::CallOutcome).
+    ///
+    /// # Errors
+    /// It is not stopped, or an ioctl failed.
+    pub fn save(&self) -> Result<VcpuState, KvmError> {
+        self.with_vcpu(|running| {
+            let mut state = running.vcpu.save()?;
+            if let Some(open) = running.open_call {
+                state.regs.rax = open.shown_rax;
+            }
+            Ok(state)
+        })?
+    }
+
+    /// Sets the state of a stopped vCPU. It can be resumed then even if its run had ended; an open
+    /// call is forgotten.
+    ///
+    /// # Errors
+    /// It is not stopped, or the state was refused (see [`VcpuState::set`]): then it must be set
+    /// again.
+    pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
+        self.with_stopped(|slot| {
+            let Phase::Parked(running) = &mut slot.phase else {
+                unreachable!("a stopped vcpu is parked")
+            };
+            running.vcpu.set(state)?;
+            running.forget_exit();
+            slot.ended = false;
+            // An ended vCPU may still have the order to run; it waits for a new one.
+            slot.order = Order::Stop;
+            Ok(())
+        })?
+    }
+
+    /// The number of the call that a stopped vCPU is inside, if it is inside one that stays open.
+    ///
+    /// # Errors
+    /// It is not stopped.
+    pub fn open_call(&self) -> Result<Option<u32>, KvmError> {
+        self.with_vcpu(|running| running.open_call.map(|open| open.number))
+    }
+
+    /// Chooses the result that states saved from now on show for the open call. The call itself
+    /// stays open here and gets its own result after the resume.
+    ///
+    /// # Errors
+    /// The vCPU is not stopped, or is in no open call.
+    pub fn show_result(&self, rax: u64) -> Result<(), KvmError> {
+        let vcpu = self.index();
+        self.with_vcpu(|running| {
+            let open = running
+                .open_call
+                .as_mut()
+                .ok_or(KvmError::NoOpenCall { vcpu })?;
+            open.shown_rax = rax;
+            Ok(())
+        })?
+    }
+
+    /// Whether the guest's run has ended on this vCPU.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.shared.lock().ended
+    }
+
+    /// When it was last stopped and resumed.
+    #[must_use]
+    pub fn times(&self) -> Times {
+        self.shared.times.read()
+    }
+
+    /// How often it has left the guest, by kind.
+    #[must_use]
+    pub fn exits(&self) -> Exits {
+        self.shared.exits.read()
+    }
+
+    /// The kernel's counters of a stopped vCPU, by name.
+    ///
+    /// # Errors
+    /// It is not stopped, or the kernel has no such counters.
+    pub fn stats(&self) -> Result<BTreeMap<String, u64>, KvmError> {
+        self.with_vcpu(|running| stats(&running.vcpu.fd))?
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.order(Order::Quit);
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        // The last handle can be dropped by the machine, on the vCPU's own thread.
+        if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+            tracing::error!(vcpu = wide(self.index()), "a vcpu thread panicked");
+        }
+    }
+}
+
+/// Stops all vCPUs of a VM: requests all, then waits for all.
+///
+/// # Errors
+/// As [`VcpuThread::wait_stopped`], of the first that fails; the others are stopping or stopped.
+pub fn stop_all(vcpus: &[VcpuThread], timeout: Duration) -> Result<(), KvmError> {
+    for vcpu in vcpus {
+        vcpu.request_stop();
+    }
+    let start = Instant::now();
+    for vcpu in vcpus {
+        vcpu.wait_stopped(timeout.saturating_sub(start.elapsed()))?;
+    }
+    Ok(())
+}
+
+/// Resumes all vCPUs of a VM.
+///
+/// # Errors
+/// As [`VcpuThread::resume`], of the first that fails.
+pub fn resume_all(vcpus: &[VcpuThread]) -> Result<(), KvmError> {
+    vcpus.iter().try_for_each(VcpuThread::resume)
+}
