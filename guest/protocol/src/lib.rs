@@ -10,6 +10,18 @@ pub mod layout {
     /// Where the guest's image is linked and loaded: everything below is the loader's (tables,
     /// descriptor tables, command line).
     pub const IMAGE: u64 = 0x10_0000;
+    /// Where the image keeps its entry stubs, one for each of the 256 vectors, each
+    /// [`VECTOR_BYTES`] long: the loader's interrupt descriptor table points there.
+    pub const VECTORS: u64 = IMAGE;
+    /// Bytes of one entry stub.
+    pub const VECTOR_BYTES: u64 = 16;
+    /// First byte that the image (with its zeroed data) never reaches: the vCPUs' stacks lie from
+    /// here to [`FREE`], that of vCPU 0 highest.
+    pub const STACKS: u64 = 0x30_0000;
+    /// Bytes of one vCPU's stack.
+    pub const STACK_BYTES: u64 = 0x1_0000;
+    /// The most vCPUs that the built-in guest runs on.
+    pub const MAX_VCPUS: u64 = 8;
     /// The NUL-terminated command line, at most [`COMMAND_LINE_BYTES`] bytes with its NUL.
     pub const COMMAND_LINE: u64 = 0x6000;
     /// Room for the command line.
@@ -23,6 +35,28 @@ pub mod layout {
     pub const HIGH_RAM: u64 = 0x1_0000_0000;
     /// The DMA engine's registers (one page).
     pub const DMA_REGISTERS: u64 = 0xd000_0000;
+    /// The local APIC's registers (one page, KVM's own).
+    pub const LOCAL_APIC: u64 = 0xfee0_0000;
+
+    const _: () = assert!(STACKS + MAX_VCPUS * STACK_BYTES <= FREE);
+}
+
+/// What the built-in guest writes to [`port::EXIT`].
+///
+/// Each vCPU enters at the image's entry point in ring 3 with `rdi` = its number, `rsi` = the
+/// number of vCPUs, `rdx` = bytes of RAM, and its stack pointer set.
+pub mod exit {
+    /// The case ended and every check held.
+    pub const OK: u32 = 0;
+    /// The case ended; some check failed (the serial port says which).
+    pub const ERRORS: u32 = 1;
+    /// The command line makes no sense, or asks for more memory than there is.
+    pub const USAGE: u32 = 0x7e;
+    /// The guest panicked (the serial port says where).
+    pub const PANIC: u32 = 0x7f;
+    /// Added to the vector of an exception that the guest did not expect. Registers then:
+    /// `rdi` = instruction pointer, `rsi` = CR2, `rdx` = error code, `r8` = vector.
+    pub const EXCEPTION: u32 = 0x80;
 }
 
 /// The ports of the machine.
@@ -33,7 +67,8 @@ pub mod port {
     pub const EXIT: u16 = 0xf4;
     /// A 32-bit write of a [`call`](crate::call) number here makes a call: arguments in `rdi`,
     /// `rsi`, `rdx`, `r8`, result in `rax`, further results in the argument registers.
-    pub const CALL: u16 = 0x5a0;
+    /// The number is below 0x100 so that the instruction holds it and `rdx` is free.
+    pub const CALL: u16 = 0xf8;
 }
 
 /// Calls from the guest to its host, by [`port::CALL`].

@@ -1,0 +1,48 @@
+//! `idle`: fills its memory once, then sleeps, `us=` microseconds a round, using no CPU. By call, or
+//! with `wait=hlt` in HLT until the local APIC's timer interrupts. Memory is checked at the end.
+
+use crate::call;
+use crate::checked::Patterned;
+use crate::entry;
+use crate::memory::{PAGE_WORDS, Supply};
+use crate::options::{Options, usage};
+use crate::worker::Worker;
+
+/// The timer's vector on vCPU 0; each vCPU has its own.
+const TIMER_VECTOR: u8 = 0x50;
+const SALT: u64 = 1;
+
+pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worker {
+    let pages = super::memory(options, &mut supply).share(worker.index, worker.count);
+    let time_us = options.number_in("us", 100_000, 1, 4_000_000);
+    let halting = match options.text("wait") {
+        None | Some("sleep") => false,
+        Some("hlt") => true,
+        Some(other) => usage(format_args!("wait={other} is neither sleep nor hlt")),
+    };
+    let vector = TIMER_VECTOR + worker.index as u8;
+    if halting {
+        entry::enable_interrupts();
+    }
+    let area = Patterned {
+        pages,
+        words: PAGE_WORDS,
+    };
+    area.fill_all(SALT);
+    loop {
+        if halting {
+            let seen = entry::interrupts(vector);
+            entry::start_timer(vector, time_us as u32);
+            while entry::interrupts(vector) == seen {
+                entry::wait_for_interrupt(vector, seen);
+            }
+        } else {
+            call::sleep(time_us);
+        }
+        if !(worker.count_rounds(1) & worker.report()) {
+            break;
+        }
+    }
+    area.check_all(&worker, "idle", SALT);
+    worker
+}
