@@ -33,14 +33,7 @@ fn main() {
 
     let mut command = Command::new(variable("CARGO"));
     command
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "--offline",
-            "--target",
-            TARGET,
-        ])
+        .args(["build", "--release", "--locked", "--offline", "--target", TARGET])
         .arg("--manifest-path")
         .arg(guest.join("Cargo.toml"))
         .arg("--target-dir")
@@ -53,13 +46,8 @@ fn main() {
         }
     }
     command.env("CARGO_ENCODED_RUSTFLAGS", FLAGS);
-    let status = command
-        .status()
-        .expect("cargo, which runs this program, can be started again");
-    assert!(
-        status.success(),
-        "building the built-in guest failed: {status}"
-    );
+    let status = command.status().expect("cargo, which runs this program, can be started again");
+    assert!(status.success(), "building the built-in guest failed: {status}");
 
     let image = target_dir.join(TARGET).join("release/salp-guest");
     println!("cargo::rustc-env=SALP_GUEST_ELF={}", image.display());

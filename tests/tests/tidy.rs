@@ -15,8 +15,8 @@ const FUNCTION_LIMIT_LINES: usize = 70;
 const LINE_LIMIT_COLUMNS: usize = 110;
 /// The words of the design: each is (part of) the name of a type, module or function of the monitor.
 const WORDS: [&str; 15] = [
-    "window", "arena", "block", "leaf", "space", "cut", "thunk", "force", "publish", "pin",
-    "harvest", "member", "keeper", "colony", "pool",
+    "window", "arena", "block", "leaf", "space", "cut", "thunk", "force", "publish", "pin", "harvest",
+    "member", "keeper", "colony", "pool",
 ];
 
 /// A Rust file of the tree.
@@ -27,10 +27,7 @@ struct Source {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the crate is in the tree")
-        .to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the tree").to_owned()
 }
 
 /// All Rust files below `root/below`, but for what builds leave behind and what is hidden.
@@ -65,15 +62,9 @@ fn report(rule: &str, broken: &[String]) {
 
 #[test]
 fn every_file_opens_with_what_it_is() {
-    let broken: Vec<_> = sources("")
-        .iter()
-        .filter(|source| !source.text.starts_with("//!"))
-        .map(path)
-        .collect();
-    report(
-        "a file opens with `//!`: what it is, its key types, its protocol, its holes",
-        &broken,
-    );
+    let broken: Vec<_> =
+        sources("").iter().filter(|source| !source.text.starts_with("//!")).map(path).collect();
+    report("a file opens with `//!`: what it is, its key types, its protocol, its holes", &broken);
 }
 
 #[test]
@@ -92,15 +83,8 @@ fn no_function_is_too_long() {
     for source in sources("") {
         for function in functions(&code_of(&source.text)) {
             if function.len_lines > FUNCTION_LIMIT_LINES {
-                let Function {
-                    name,
-                    line,
-                    len_lines,
-                } = function;
-                broken.push(format!(
-                    "{}:{line}: {name} has {len_lines} lines",
-                    path(&source)
-                ));
+                let Function { name, line, len_lines } = function;
+                broken.push(format!("{}:{line}: {name} has {len_lines} lines", path(&source)));
             }
         }
     }
@@ -118,10 +102,7 @@ fn no_line_is_too_long() {
             }
         }
     }
-    report(
-        "a line has 110 columns at most, but for tables and web addresses",
-        &broken,
-    );
+    report("a line has 110 columns at most, but for tables and web addresses", &broken);
 }
 
 #[test]
@@ -145,21 +126,11 @@ fn the_words_of_the_design_are_names() {
     let mut names = BTreeSet::new();
     for source in sources("vmm/src") {
         names.extend(module(&source.path).iter().flat_map(|name| words_of(name)));
-        names.extend(
-            declared(&code_of(&source.text))
-                .iter()
-                .flat_map(|name| words_of(name)),
-        );
+        names.extend(declared(&code_of(&source.text)).iter().flat_map(|name| words_of(name)));
     }
-    let missing: Vec<_> = WORDS
-        .iter()
-        .filter(|word| !names.contains(**word))
-        .map(|word| (*word).into())
-        .collect();
-    report(
-        "a word of the design is the name of a type, module or function; these are not",
-        &missing,
-    );
+    let missing: Vec<_> =
+        WORDS.iter().filter(|word| !names.contains(**word)).map(|word| (*word).into()).collect();
+    report("a word of the design is the name of a type, module or function; these are not", &missing);
 }
 
 fn path(source: &Source) -> String {
@@ -167,10 +138,7 @@ fn path(source: &Source) -> String {
 }
 
 fn may_be_long(line: &str) -> bool {
-    let text = line
-        .trim_start()
-        .trim_start_matches(['/', '!'])
-        .trim_start();
+    let text = line.trim_start().trim_start_matches(['/', '!']).trim_start();
     text.starts_with('|') || line.contains("://")
 }
 
@@ -195,11 +163,7 @@ fn code_of(text: &str) -> String {
             code.push(text[at]);
             at += 1;
         } else {
-            code.extend(
-                text[at..end]
-                    .iter()
-                    .map(|&c| if c == '\n' { c } else { ' ' }),
-            );
+            code.extend(text[at..end].iter().map(|&c| if c == '\n' { c } else { ' ' }));
             at = end;
         }
     }
@@ -263,9 +227,7 @@ fn identifiers(text: &str) -> impl Iterator<Item = (usize, String)> + '_ {
     let mut at = 0;
     std::iter::from_fn(move || {
         at += text[at..].find(is_inside)?;
-        let length = text[at..]
-            .find(|c| !is_inside(c))
-            .unwrap_or(text.len() - at);
+        let length = text[at..].find(|c| !is_inside(c)).unwrap_or(text.len() - at);
         let start = at;
         at += length;
         Some((start, text[start..at].to_owned()))
@@ -275,16 +237,8 @@ fn identifiers(text: &str) -> impl Iterator<Item = (usize, String)> + '_ {
 /// Names of the functions, types, traits and modules that a file's code declares.
 fn declared(code: &str) -> Vec<String> {
     let all: Vec<_> = identifiers(code).map(|(_, word)| word).collect();
-    let declares = |word: &str| {
-        matches!(
-            word,
-            "fn" | "struct" | "enum" | "union" | "trait" | "type" | "mod"
-        )
-    };
-    all.windows(2)
-        .filter(|pair| declares(&pair[0]))
-        .map(|pair| pair[1].clone())
-        .collect()
+    let declares = |word: &str| matches!(word, "fn" | "struct" | "enum" | "union" | "trait" | "type" | "mod");
+    all.windows(2).filter(|pair| declares(&pair[0])).map(|pair| pair[1].clone()).collect()
 }
 
 /// The words of a name, in lower case: `arena_files` and `ArenaDir` both have "arena".
@@ -295,10 +249,7 @@ fn words_of(name: &str) -> Vec<String> {
             words.push(String::new());
         }
         if c != '_' {
-            words
-                .last_mut()
-                .expect("never empty")
-                .extend(c.to_lowercase());
+            words.last_mut().expect("never empty").extend(c.to_lowercase());
         }
     }
     words.retain(|word| !word.is_empty());
@@ -317,23 +268,16 @@ struct Function {
 /// The functions with a body in a file's [code](code_of), in the order of their starts.
 fn functions(code: &str) -> Vec<Function> {
     let all: Vec<_> = identifiers(code).collect();
-    let named = all
-        .windows(2)
-        .filter(|pair| pair[0].1 == "fn")
-        .filter_map(|pair| {
-            let ((start, _), (name_at, name)) = (&pair[0], &pair[1]);
-            // A pointer to a function, `fn(u8)`, has no name.
-            if !code[start + 2..*name_at].chars().all(char::is_whitespace) {
-                return None;
-            }
-            let end = name_at + body_end(&code[*name_at..])?;
-            let line = code[..*start].matches('\n').count() + 1;
-            Some(Function {
-                name: name.clone(),
-                line,
-                len_lines: code[*start..end].matches('\n').count() + 1,
-            })
-        });
+    let named = all.windows(2).filter(|pair| pair[0].1 == "fn").filter_map(|pair| {
+        let ((start, _), (name_at, name)) = (&pair[0], &pair[1]);
+        // A pointer to a function, `fn(u8)`, has no name.
+        if !code[start + 2..*name_at].chars().all(char::is_whitespace) {
+            return None;
+        }
+        let end = name_at + body_end(&code[*name_at..])?;
+        let line = code[..*start].matches('\n').count() + 1;
+        Some(Function { name: name.clone(), line, len_lines: code[*start..end].matches('\n').count() + 1 })
+    });
     named.collect()
 }
 
@@ -399,17 +343,8 @@ trait T {
 }
 "#;
     let found = functions(&code_of(text));
-    let expected = [
-        ("one", 2, 1),
-        ("two", 5, 10),
-        ("inner", 12, 2),
-        ("three", 18, 3),
-    ];
-    let expected = expected.map(|(name, line, len_lines)| Function {
-        name: name.into(),
-        line,
-        len_lines,
-    });
+    let expected = [("one", 2, 1), ("two", 5, 10), ("inner", 12, 2), ("three", 18, 3)];
+    let expected = expected.map(|(name, line, len_lines)| Function { name: name.into(), line, len_lines });
     assert_eq!(found, expected);
 }
 
@@ -422,30 +357,19 @@ fn a_long_function_is_seen_as_long() {
 
 #[test]
 fn names_are_declared_and_split_into_words() {
-    let code = code_of(
-        "pub mod leaf_table;\nstruct ArenaDir;\nfn force() { let window = 1; }\n// struct Pin;\n",
-    );
+    let code =
+        code_of("pub mod leaf_table;\nstruct ArenaDir;\nfn force() { let window = 1; }\n// struct Pin;\n");
     assert_eq!(declared(&code), ["leaf_table", "ArenaDir", "force"]);
     assert_eq!(words_of("leaf_table"), ["leaf", "table"]);
     assert_eq!(words_of("ArenaDir"), ["arena", "dir"]);
-    assert_eq!(
-        module(Path::new("vmm/src/ipc/mod.rs")).as_deref(),
-        Some("ipc")
-    );
-    assert_eq!(
-        module(Path::new("vmm/src/ipc/channel.rs")).as_deref(),
-        Some("channel")
-    );
+    assert_eq!(module(Path::new("vmm/src/ipc/mod.rs")).as_deref(), Some("ipc"));
+    assert_eq!(module(Path::new("vmm/src/ipc/channel.rs")).as_deref(), Some("channel"));
     assert_eq!(module(Path::new("vmm/src/ipc/channel/tests.rs")), None);
 }
 
 #[test]
 fn tables_and_addresses_may_be_long() {
-    for line in [
-        "//! | a | b |",
-        "    /// | a |",
-        "// see https://example.org/a",
-    ] {
+    for line in ["//! | a | b |", "    /// | a |", "// see https://example.org/a"] {
         assert!(may_be_long(line), "{line}");
     }
     assert!(!may_be_long("let x = a || b;"));

@@ -5,7 +5,6 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
-pub mod boot;
 pub mod words;
 pub mod board;
 pub mod frames;
@@ -14,4 +13,6 @@ pub mod family;
 pub mod space;
 pub mod ipc;
 pub mod arena_files;
+pub mod window;
 pub mod kvm;
+pub mod boot;

@@ -202,9 +202,7 @@ impl PageSet {
     /// The inverse of [`PageSet::to_words`].
     #[must_use]
     pub fn from_words(words: [u32; LEAF_PAGES / 32]) -> Self {
-        Self(std::array::from_fn(|i| {
-            u64::from(words[2 * i]) | u64::from(words[2 * i + 1]) << 32
-        }))
+        Self(std::array::from_fn(|i| u64::from(words[2 * i]) | u64::from(words[2 * i + 1]) << 32))
     }
 }
 
@@ -230,10 +228,7 @@ impl MemoryShape {
     /// # Errors
     /// The size is 0, not a multiple of 2 MiB, or above 64 GiB.
     pub fn new(ram_bytes: u64) -> Result<Self, MemoryShapeError> {
-        if ram_bytes == 0
-            || !ram_bytes.is_multiple_of(wide(LEAF_BYTES))
-            || ram_bytes > MAX_RAM_BYTES
-        {
+        if ram_bytes == 0 || !ram_bytes.is_multiple_of(wide(LEAF_BYTES)) || ram_bytes > MAX_RAM_BYTES {
             return Err(MemoryShapeError { ram_bytes });
         }
         Ok(Self { ram_bytes })
@@ -262,9 +257,7 @@ impl MemoryShape {
     /// array that is indexed by leaf number.
     #[must_use]
     pub fn span_leaves(self) -> u32 {
-        self.regions()
-            .last()
-            .map_or(0, |(first, count)| first.0 + count)
+        self.regions().last().map_or(0, |(first, count)| first.0 + count)
     }
 
     /// Bytes from guest-physical 0 to the end of RAM: the length of a window.
@@ -275,18 +268,16 @@ impl MemoryShape {
 
     /// The leaves that hold RAM, ascending.
     pub fn leaves(self) -> impl Iterator<Item = LeafNumber> {
-        self.regions()
-            .into_iter()
-            .flat_map(|(first, count)| (first.0..first.0 + count).map(LeafNumber))
+        self.regions().into_iter().flat_map(|(first, count)| (first.0..first.0 + count).map(LeafNumber))
     }
 
     /// Whether `[gpa, gpa + len_bytes)` is RAM all the way, in one region.
     #[must_use]
     pub fn contains(self, gpa: Gpa, len_bytes: usize) -> bool {
         gpa.0.checked_add(wide(len_bytes)).is_some_and(|end| {
-            self.regions().iter().any(|(first, count)| {
-                gpa.0 >= first.gpa().0 && end <= LeafNumber(first.0 + count).gpa().0
-            })
+            self.regions()
+                .iter()
+                .any(|(first, count)| gpa.0 >= first.gpa().0 && end <= LeafNumber(first.0 + count).gpa().0)
         })
     }
 }

@@ -42,13 +42,7 @@ impl MemfdTable {
         // Relaxed: only that no two are the same matters.
         static ARENAS: AtomicU32 = AtomicU32::new(0);
         let arena = ARENAS.fetch_add(1, Ordering::Relaxed);
-        Self {
-            locator: MemfdLocator {
-                owner_pid: process::id(),
-                arena,
-            },
-            files: Mutex::default(),
-        }
+        Self { locator: MemfdLocator { owner_pid: process::id(), arena }, files: Mutex::default() }
     }
 
     pub(super) fn locator(&self) -> MemfdLocator {
@@ -61,8 +55,7 @@ impl MemfdTable {
 
     pub(super) fn used_bytes(&self) -> Result<u64, ArenaError> {
         self.files().iter().try_fold(0, |sum, (name, file)| {
-            let stat =
-                rustix::fs::fstat(file).map_err(|errno| ArenaError::file("stat", name, errno))?;
+            let stat = rustix::fs::fstat(file).map_err(|errno| ArenaError::file("stat", name, errno))?;
             Ok(sum + u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
         })
     }
@@ -97,20 +90,14 @@ impl MemfdTable {
 
     pub(super) fn open_read_only(&self, name: &str) -> Result<OwnedFd, ArenaError> {
         let files = self.files();
-        let file = files
-            .get(name)
-            .ok_or_else(|| ArenaError::file("open", name, Errno::NOENT))?;
-        open_path(Path::new(&own_path(file.as_fd())))
-            .map_err(|errno| ArenaError::file("open", name, errno))
+        let file = files.get(name).ok_or_else(|| ArenaError::file("open", name, Errno::NOENT))?;
+        open_path(Path::new(&own_path(file.as_fd()))).map_err(|errno| ArenaError::file("open", name, errno))
     }
 
     pub(super) fn remove(&self, name: &str) -> Result<(), ArenaError> {
         let mut files = self.files();
-        let file = files
-            .get(name)
-            .ok_or_else(|| ArenaError::file("remove", name, Errno::NOENT))?;
-        rustix::fs::fchmod(file, Mode::empty())
-            .map_err(|errno| ArenaError::file("remove", name, errno))?;
+        let file = files.get(name).ok_or_else(|| ArenaError::file("remove", name, Errno::NOENT))?;
+        rustix::fs::fchmod(file, Mode::empty()).map_err(|errno| ArenaError::file("remove", name, errno))?;
         files.remove(name);
         Ok(())
     }
@@ -142,17 +129,14 @@ impl MemfdLocator {
         let descriptors = fs::read_dir(format!("/proc/{}/fd", self.owner_pid))
             .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
         for entry in descriptors {
-            let path = entry
-                .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?
-                .path();
+            let path =
+                entry.map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?.path();
             // A number that was closed in between is not the one looked for.
             if fs::read_link(&path).ok().as_ref() != Some(&target) {
                 continue;
             }
             match open_path(&path) {
-                Ok(file)
-                    if fs::read_link(own_path(file.as_fd())).ok().as_ref() == Some(&target) =>
-                {
+                Ok(file) if fs::read_link(own_path(file.as_fd())).ok().as_ref() == Some(&target) => {
                     return Ok(file);
                 }
                 // Closed, reused, or removed.
@@ -169,17 +153,11 @@ fn open_path(path: &Path) -> Result<OwnedFd, Errno> {
     let removed = |mode: Mode| !mode.contains(Mode::RUSR);
     let file = match rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
         // Without root a removed file cannot be opened.
-        Err(Errno::ACCESS)
-            if rustix::fs::stat(path).is_ok_and(|stat| removed(Mode::from(stat.st_mode))) =>
-        {
+        Err(Errno::ACCESS) if rustix::fs::stat(path).is_ok_and(|stat| removed(Mode::from(stat.st_mode))) => {
             return Err(Errno::NOENT);
         }
         result => result?,
     };
     let stat = rustix::fs::fstat(&file)?;
-    if removed(Mode::from(stat.st_mode)) {
-        Err(Errno::NOENT)
-    } else {
-        Ok(file)
-    }
+    if removed(Mode::from(stat.st_mode)) { Err(Errno::NOENT) } else { Ok(file) }
 }

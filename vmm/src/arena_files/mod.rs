@@ -87,9 +87,7 @@ pub enum ArenaError {
         source: io::Error,
     },
     /// Not a name of an arena file.
-    #[error(
-        "{name:?} is no name of an arena file: letters, digits, '.', '_' and '-', 1 to {limit} bytes"
-    )]
+    #[error("{name:?} is no name of an arena file: letters, digits, '.', '_' and '-', 1 to {limit} bytes")]
     Name {
         /// The name.
         name: String,
@@ -120,18 +118,11 @@ pub enum ArenaError {
 
 impl ArenaError {
     fn host(action: &'static str, errno: Errno) -> Self {
-        Self::Host {
-            action,
-            source: errno.into(),
-        }
+        Self::Host { action, source: errno.into() }
     }
 
     fn file(action: &'static str, name: &str, errno: Errno) -> Self {
-        Self::File {
-            action,
-            name: name.to_owned(),
-            source: errno.into(),
-        }
+        Self::File { action, name: name.to_owned(), source: errno.into() }
     }
 
     /// Whether it says that a file is not there.
@@ -155,9 +146,7 @@ impl ArenaChoice {
             Some("huge" | "") => Ok(Self::Best),
             Some("small") => Ok(Self::SmallPages),
             Some("memfd") => Ok(Self::Memfd),
-            _ => Err(ArenaError::Choice {
-                value: value.to_string_lossy().into_owned(),
-            }),
+            _ => Err(ArenaError::Choice { value: value.to_string_lossy().into_owned() }),
         }
     }
 }
@@ -217,21 +206,16 @@ impl ArenaDir {
             return Err(ArenaError::Budget { budget_bytes });
         }
         let kinds: &[_] = match choice {
-            ArenaChoice::Best => &[
-                (ArenaKind::HugeTmpfs, PageSize::Huge),
-                (ArenaKind::Tmpfs, PageSize::Small),
-            ],
+            ArenaChoice::Best => {
+                &[(ArenaKind::HugeTmpfs, PageSize::Huge), (ArenaKind::Tmpfs, PageSize::Small)]
+            }
             ArenaChoice::SmallPages => &[(ArenaKind::Tmpfs, PageSize::Small)],
             ArenaChoice::Memfd => &[],
         };
         for &(kind, page_size) in kinds {
             match TmpfsMount::create(page_size, budget_bytes) {
                 Ok(mount) => {
-                    return Ok(Self {
-                        kind,
-                        budget_bytes,
-                        files: Files::Tmpfs(mount),
-                    });
+                    return Ok(Self { kind, budget_bytes, files: Files::Tmpfs(mount) });
                 }
                 Err(error) => {
                     tracing::debug!(?kind, %error, "the host does not allow this kind of arena")
@@ -239,11 +223,7 @@ impl ArenaDir {
             }
         }
         let files = Files::Memfd(MemfdTable::new());
-        Ok(Self {
-            kind: ArenaKind::Memfd,
-            budget_bytes,
-            files,
-        })
+        Ok(Self { kind: ArenaKind::Memfd, budget_bytes, files })
     }
 
     /// What the host allowed.
@@ -333,13 +313,7 @@ impl ArenaDir {
             Files::Tmpfs(mount) => (None, vec![mount.readable(), mount.writable()]),
             Files::Memfd(table) => (Some(table.locator()), Vec::new()),
         };
-        (
-            ArenaDescription {
-                kind: self.kind,
-                memfds,
-            },
-            descriptors,
-        )
+        (ArenaDescription { kind: self.kind, memfds }, descriptors)
     }
 
     /// The two capabilities of a member, from what [`share_with_member`](Self::share_with_member) gave.
@@ -352,14 +326,12 @@ impl ArenaDir {
     ) -> Result<(ArenaReader, ArenaWriter), ArenaError> {
         let (kind, count) = (description.kind, descriptors.len());
         match (<[OwnedFd; 2]>::try_from(descriptors), description.memfds) {
-            (Ok([readable, writable]), None) => Ok((
-                ArenaReader(Place::Tmpfs(readable)),
-                ArenaWriter(Place::Tmpfs(writable)),
-            )),
-            (Err(none), Some(locator)) if none.is_empty() => Ok((
-                ArenaReader(Place::Memfd(locator)),
-                ArenaWriter(Place::Memfd(locator)),
-            )),
+            (Ok([readable, writable]), None) => {
+                Ok((ArenaReader(Place::Tmpfs(readable)), ArenaWriter(Place::Tmpfs(writable))))
+            }
+            (Err(none), Some(locator)) if none.is_empty() => {
+                Ok((ArenaReader(Place::Memfd(locator)), ArenaWriter(Place::Memfd(locator))))
+            }
             _ => Err(ArenaError::Parts { kind, count }),
         }
     }
@@ -401,10 +373,7 @@ fn check_name(name: &str) -> Result<(), ArenaError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     let directory = matches!(name, "." | "..");
     if name.is_empty() || name.len() > NAME_LIMIT_BYTES || directory || !name.bytes().all(plain) {
-        return Err(ArenaError::Name {
-            name: name.to_owned(),
-            limit: NAME_LIMIT_BYTES,
-        });
+        return Err(ArenaError::Name { name: name.to_owned(), limit: NAME_LIMIT_BYTES });
     }
     Ok(())
 }

@@ -37,8 +37,7 @@ impl TmpfsMount {
             PageSize::Huge => "always",
             PageSize::Small => "never",
         };
-        let writable =
-            mount(huge, budget_bytes).map_err(|errno| ArenaError::host("mount a tmpfs", errno))?;
+        let writable = mount(huge, budget_bytes).map_err(|errno| ArenaError::host("mount a tmpfs", errno))?;
         if page_size == PageSize::Huge {
             expect_huge_pages(writable.as_fd())
                 .map_err(|errno| ArenaError::host("get huge pages from a tmpfs", errno))?;
@@ -50,10 +49,7 @@ impl TmpfsMount {
                 None
             }
         };
-        Ok(Self {
-            writable,
-            read_only,
-        })
+        Ok(Self { writable, read_only })
     }
 
     pub(super) fn writable(&self) -> BorrowedFd<'_> {
@@ -95,17 +91,12 @@ fn expect_huge_pages(mount: BorrowedFd<'_>) -> Result<(), Errno> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::openat(mount, ".", flags, Mode::RUSR | Mode::WUSR)?;
     let is_huge = usize::try_from(rustix::fs::fstat(&file)?.st_blksize) == Ok(LEAF_BYTES);
-    if is_huge {
-        Ok(())
-    } else {
-        Err(Errno::OPNOTSUPP)
-    }
+    if is_huge { Ok(()) } else { Err(Errno::OPNOTSUPP) }
 }
 
 fn read_only_clone(mount: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let clone = rustix::mount::open_tree(mount, "", flags)?;
     set_read_only(clone.as_fd())?;
     Ok(clone)
@@ -145,11 +136,7 @@ fn set_read_only(mount: BorrowedFd<'_>) -> Result<(), Errno> {
     Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
 }
 
-pub(super) fn create_file(
-    mount: BorrowedFd<'_>,
-    name: &str,
-    len_bytes: u64,
-) -> Result<OwnedFd, ArenaError> {
+pub(super) fn create_file(mount: BorrowedFd<'_>, name: &str, len_bytes: u64) -> Result<OwnedFd, ArenaError> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = rustix::fs::openat(mount, name, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| ArenaError::file("create", name, errno))?;
@@ -173,11 +160,7 @@ pub(super) fn remove(mount: BorrowedFd<'_>, name: &str) -> Result<(), ArenaError
 }
 
 /// Checks that `file` is what the name stands for.
-pub(super) fn expect_same(
-    mount: BorrowedFd<'_>,
-    name: &str,
-    file: &OwnedFd,
-) -> Result<(), ArenaError> {
+pub(super) fn expect_same(mount: BorrowedFd<'_>, name: &str, file: &OwnedFd) -> Result<(), ArenaError> {
     let named = open_read_only(mount, name)?;
     match is_same_file(named.as_fd(), file.as_fd()) {
         Ok(true) => Ok(()),

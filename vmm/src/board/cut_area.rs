@@ -97,10 +97,7 @@ pub struct CutArea<'a> {
 
 impl<'a> CutArea<'a> {
     pub(super) fn over(words: &'a [AtomicU32], leaves: u32) -> Self {
-        Self {
-            words,
-            leaves: leaves as usize,
-        }
+        Self { words, leaves: leaves as usize }
     }
 
     pub(super) fn words_for(leaves: u32) -> usize {
@@ -161,8 +158,7 @@ impl<'a> CutArea<'a> {
 
     /// Records that the leaf had exclusive pages at the cut. Before any clone starts.
     pub fn set_protected(&self, leaf: LeafNumber) {
-        self.protected_bits()[leaf.index() / 32]
-            .fetch_or(1 << (leaf.index() % 32), Ordering::Release);
+        self.protected_bits()[leaf.index() / 32].fetch_or(1 << (leaf.index() % 32), Ordering::Release);
     }
 
     /// The protected leaves, ascending.
@@ -173,25 +169,21 @@ impl<'a> CutArea<'a> {
     /// The protected leaves that nobody has forced yet, ascending.
     pub fn pending(&self) -> impl Iterator<Item = LeafNumber> + use<'a> {
         let area = *self;
-        self.protected()
-            .filter(move |leaf| area.leaf(*leaf) == LeafWord::Pending)
+        self.protected().filter(move |leaf| area.leaf(*leaf) == LeafWord::Pending)
     }
 
     /// Asks for a leaf. The caller then rings the source's doorbell.
     pub fn request(&self, leaf: LeafNumber) {
         // Pairs with `take_requests`.
-        self.request_bits()[leaf.index() / 32]
-            .fetch_or(1 << (leaf.index() % 32), Ordering::Release);
+        self.request_bits()[leaf.index() / 32].fetch_or(1 << (leaf.index() % 32), Ordering::Release);
     }
 
     /// Takes all requests that have come in: by the source.
     #[must_use]
     pub fn take_requests(&self) -> Vec<LeafNumber> {
-        set_bits(self.request_bits(), |word| {
-            match word.load(Ordering::Relaxed) {
-                0 => 0,
-                _ => word.swap(0, Ordering::Acquire),
-            }
+        set_bits(self.request_bits(), |word| match word.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => word.swap(0, Ordering::Acquire),
         })
         .collect()
     }
@@ -213,9 +205,7 @@ impl<'a> CutArea<'a> {
         Patches {
             block: CutId::new(record[0].load(Ordering::Relaxed)),
             first_frame: record[1].load(Ordering::Relaxed),
-            pages: PageSet::from_words(std::array::from_fn(|i| {
-                record[2 + i].load(Ordering::Relaxed)
-            })),
+            pages: PageSet::from_words(std::array::from_fn(|i| record[2 + i].load(Ordering::Relaxed))),
         }
     }
 
@@ -228,8 +218,7 @@ impl<'a> CutArea<'a> {
     /// The encoded entry of the cut's own table, once settled.
     #[must_use]
     pub fn table(&self) -> Option<u32> {
-        (self.words[SETTLED].load(Ordering::Acquire) != 0)
-            .then(|| self.words[TABLE].load(Ordering::Relaxed))
+        (self.words[SETTLED].load(Ordering::Acquire) != 0).then(|| self.words[TABLE].load(Ordering::Relaxed))
     }
 
     /// The member slot of the cut's source.
@@ -277,8 +266,6 @@ fn set_bits<'a>(
 ) -> impl Iterator<Item = LeafNumber> + 'a {
     (0u32..).zip(bits).flat_map(move |(index, word)| {
         let value = take(word);
-        (0..32)
-            .filter(move |bit| value >> bit & 1 == 1)
-            .map(move |bit| LeafNumber(index * 32 + bit))
+        (0..32).filter(move |bit| value >> bit & 1 == 1).map(move |bit| LeafNumber(index * 32 + bit))
     })
 }

@@ -74,7 +74,6 @@ impl<'a> MemberArea<'a> {
     /// Member: says whose block the window maps at `leaf`: before it is mapped, and after it is
     /// not any more.
     pub fn set_map(&self, leaf: LeafNumber, block: Option<CutId>) {
-        self.words[HEADER_WORDS + leaf.index()]
-            .store(block.map_or(0, CutId::get), Ordering::Release);
+        self.words[HEADER_WORDS + leaf.index()].store(block.map_or(0, CutId::get), Ordering::Release);
     }
 }

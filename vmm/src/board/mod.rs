@@ -103,9 +103,7 @@ pub struct Board {
 
 impl std::fmt::Debug for Board {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Board")
-            .field("shape", &self.shape)
-            .finish_non_exhaustive()
+        f.debug_struct("Board").field("shape", &self.shape).finish_non_exhaustive()
     }
 }
 
@@ -116,10 +114,7 @@ impl Board {
     /// The memory is too small: it was made for another shape.
     #[must_use]
     pub fn new(shape: BoardShape, memory: Arc<dyn WordMemory>) -> Self {
-        assert!(
-            memory.words().len() >= shape.total_words(),
-            "board memory made for another shape"
-        );
+        assert!(memory.words().len() >= shape.total_words(), "board memory made for another shape");
         Self { shape, memory }
     }
 
@@ -140,10 +135,7 @@ impl Board {
     /// The words of leaf record `record`.
     #[must_use]
     pub fn record(&self, record: u32) -> &[AtomicU32] {
-        assert!(
-            record < self.shape.records,
-            "record {record} beyond the board"
-        );
+        assert!(record < self.shape.records, "record {record} beyond the board");
         let start = self.shape.records_start() + record as usize * RECORD_WORDS;
         &self.memory.words()[start..start + RECORD_WORDS]
     }
@@ -168,8 +160,7 @@ impl Board {
         let range = self.cut_range(cut);
         self.memory.punch(range.clone())?;
         // Patch records at the end are reserved when a leaf is published with patches.
-        self.memory
-            .reserve(range.start..range.start + CutArea::fixed_words(self.shape.leaves))
+        self.memory.reserve(range.start..range.start + CutArea::fixed_words(self.shape.leaves))
     }
 
     /// Gives the memory of a cut's area back.
@@ -196,8 +187,10 @@ impl Board {
     }
 
     fn cut_range(&self, cut: crate::frames::CutId) -> Range<usize> {
-        assert!(cut.get() < self.shape.cuts, "{cut} beyond the board");
-        let start = self.shape.cuts_start() + cut.get() as usize * self.shape.cut_words();
+        // Numbers of cuts are never used again, places of areas are: the keeper sees to it that no
+        // two cuts share one.
+        let place = (cut.get() % self.shape.cuts) as usize;
+        let start = self.shape.cuts_start() + place * self.shape.cut_words();
         start..start + self.shape.cut_words()
     }
 }
@@ -209,11 +202,7 @@ impl HeapWords {
     /// Zeroed words for a board of `shape`.
     #[must_use]
     pub fn for_shape(shape: &BoardShape) -> Self {
-        Self(
-            (0..shape.total_words())
-                .map(|_| AtomicU32::new(0))
-                .collect(),
-        )
+        Self((0..shape.total_words()).map(|_| AtomicU32::new(0)).collect())
     }
 }
 

@@ -44,16 +44,13 @@ pub fn load_builtin<M: GuestMemoryBackend>(
     }
     let command_line = terminated(command_line)?;
 
-    let loaded =
-        Elf::load(memory, None, &mut Cursor::new(IMAGE), None).map_err(BootError::Image)?;
+    let loaded = Elf::load(memory, None, &mut Cursor::new(IMAGE), None).map_err(BootError::Image)?;
     let (entry, end) = (loaded.kernel_load.0, loaded.kernel_end);
     if !(layout::IMAGE..layout::STACKS).contains(&entry) || end > layout::STACKS {
         return Err(BootError::ImageMisplaced { entry, end });
     }
     let write = |what, address, bytes: &[u8]| {
-        memory
-            .write_slice(bytes, GuestAddress(address))
-            .map_err(|source| BootError::Memory { what, source })
+        memory.write_slice(bytes, GuestAddress(address)).map_err(|source| BootError::Memory { what, source })
     };
     let tables = PageTables::identity(ram.low_end, ram.high_end);
     write("page tables", TABLES, &tables.bytes())?;
@@ -63,11 +60,7 @@ pub fn load_builtin<M: GuestMemoryBackend>(
     for vcpu in 0..vcpus {
         write("a task state", task_address(vcpu), &task(vcpu))?;
     }
-    Ok(EntryState {
-        entry,
-        vcpus,
-        ram_bytes,
-    })
+    Ok(EntryState { entry, vcpus, ram_bytes })
 }
 
 /// The command line with its NUL.
@@ -78,9 +71,7 @@ fn terminated(command_line: &str) -> Result<Vec<u8>, BootError> {
     }
     bytes.push(0);
     if bytes.len() > layout::COMMAND_LINE_BYTES {
-        return Err(BootError::CommandLineTooLong {
-            len_bytes: command_line.len(),
-        });
+        return Err(BootError::CommandLineTooLong { len_bytes: command_line.len() });
     }
     Ok(bytes)
 }
@@ -93,27 +84,16 @@ struct Ram {
 
 impl Ram {
     fn of<M: GuestMemoryBackend>(memory: &M) -> Result<Self, BootError> {
-        let mut ram = Self {
-            low_end: 0,
-            high_end: layout::HIGH_RAM,
-        };
+        let mut ram = Self { low_end: 0, high_end: layout::HIGH_RAM };
         for region in memory.iter() {
             let (start, len_bytes): (u64, GuestUsize) = (region.start_addr().0, region.len());
             let high = ram.low_end == layout::DEVICE_HOLE;
-            let (end, room_end) = if high {
-                (&mut ram.high_end, u64::MAX)
-            } else {
-                (&mut ram.low_end, layout::DEVICE_HOLE)
-            };
-            let fits = start == *end
-                && len_bytes.is_multiple_of(wide(LEAF_BYTES))
-                && len_bytes <= room_end - start;
+            let (end, room_end) =
+                if high { (&mut ram.high_end, u64::MAX) } else { (&mut ram.low_end, layout::DEVICE_HOLE) };
+            let fits =
+                start == *end && len_bytes.is_multiple_of(wide(LEAF_BYTES)) && len_bytes <= room_end - start;
             if !fits {
-                return Err(BootError::RamMisplaced {
-                    start,
-                    len_bytes,
-                    expected: *end,
-                });
+                return Err(BootError::RamMisplaced { start, len_bytes, expected: *end });
             }
             *end += len_bytes;
         }
@@ -134,18 +114,13 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     fn memory(regions: &[(u64, usize)]) -> GuestMemoryMmap {
-        let ranges: Vec<_> = regions
-            .iter()
-            .map(|&(at, len)| (GuestAddress(at), len))
-            .collect();
+        let ranges: Vec<_> = regions.iter().map(|&(at, len)| (GuestAddress(at), len)).collect();
         GuestMemoryMmap::from_ranges(&ranges).expect("the host reserves address space freely")
     }
 
     fn read<const N: usize>(memory: &GuestMemoryMmap, at: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        memory
-            .read_slice(&mut bytes, GuestAddress(at))
-            .expect("an address in RAM");
+        memory.read_slice(&mut bytes, GuestAddress(at)).expect("an address in RAM");
         bytes
     }
 
@@ -158,35 +133,20 @@ mod tests {
         // Stub 0 pushes an error code and its vector.
         assert_eq!(read(&memory, layout::VECTORS), [0x6a, 0, 0x6a, 0]);
         // Stub 14 has an error code from the processor.
-        assert_eq!(
-            read(&memory, layout::VECTORS + 14 * layout::VECTOR_BYTES),
-            [0x6a, 14]
-        );
+        assert_eq!(read(&memory, layout::VECTORS + 14 * layout::VECTOR_BYTES), [0x6a, 14]);
         assert_ne!(read(&memory, state.entry), [0; 8]);
-        assert_eq!(
-            read(&memory, layout::FREE),
-            [0; 64],
-            "what is free is untouched"
-        );
+        assert_eq!(read(&memory, layout::FREE), [0; 64], "what is free is untouched");
     }
 
     #[test]
     fn memory_too_small_or_too_large_is_refused_with_its_size() {
         let error = load_builtin(&memory(&[(0, 6 * MIB)]), 1, "").expect_err("6 MiB");
-        assert!(
-            error
-                .to_string()
-                .contains("6291456 bytes of RAM are too few"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("6291456 bytes of RAM are too few"), "{error}");
         assert!(error.to_string().contains("8388608"), "{error}");
         let low = index_of(layout::DEVICE_HOLE);
         let high = index_of(MAX_RAM_BYTES) - low;
         let most = memory(&[(0, low), (layout::HIGH_RAM, high)]);
-        assert_eq!(
-            load_builtin(&most, 1, "").expect("64 GiB").ram_bytes,
-            MAX_RAM_BYTES
-        );
+        assert_eq!(load_builtin(&most, 1, "").expect("64 GiB").ram_bytes, MAX_RAM_BYTES);
         let more = memory(&[(0, low), (layout::HIGH_RAM, high + 2 * MIB)]);
         let error = load_builtin(&more, 1, "").expect_err("too large");
         assert!(matches!(error, BootError::RamTooLarge { .. }), "{error}");
@@ -206,10 +166,7 @@ mod tests {
             &[(0, index_of(layout::DEVICE_HOLE) + 2 * MIB)],
         ] {
             let error = load_builtin(&memory(regions), 1, "").expect_err("misplaced RAM");
-            assert!(
-                matches!(error, BootError::RamMisplaced { .. }),
-                "{regions:?}: {error}"
-            );
+            assert!(matches!(error, BootError::RamMisplaced { .. }), "{regions:?}: {error}");
         }
     }
 
@@ -219,15 +176,9 @@ mod tests {
         let longest = "x".repeat(layout::COMMAND_LINE_BYTES - 1);
         load_builtin(&memory, 1, &longest).expect("the longest command line");
         let error = load_builtin(&memory, 1, &(longest + "x")).expect_err("one byte more");
-        assert!(
-            matches!(error, BootError::CommandLineTooLong { len_bytes: 4096 }),
-            "{error}"
-        );
+        assert!(matches!(error, BootError::CommandLineTooLong { len_bytes: 4096 }), "{error}");
         let error = load_builtin(&memory, 1, "a\0b").expect_err("a NUL");
-        assert!(
-            matches!(error, BootError::CommandLineNul { at: 1 }),
-            "{error}"
-        );
+        assert!(matches!(error, BootError::CommandLineNul { at: 1 }), "{error}");
     }
 
     #[test]

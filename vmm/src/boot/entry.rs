@@ -83,13 +83,7 @@ impl EntryState {
             g: 1,
             ..Default::default()
         };
-        let code = kvm_segment {
-            selector: USER_CODE,
-            type_: 11,
-            db: 0,
-            l: 1,
-            ..data
-        };
+        let code = kvm_segment { selector: USER_CODE, type_: 11, db: 0, l: 1, ..data };
         let task = kvm_segment {
             base: task_address(vcpu),
             limit: task_limit(),
@@ -106,16 +100,8 @@ impl EntryState {
             gs: data,
             ss: data,
             tr: task,
-            gdt: kvm_dtable {
-                base: GDT,
-                limit: gdt_limit(),
-                ..Default::default()
-            },
-            idt: kvm_dtable {
-                base: IDT,
-                limit: 256 * 16 - 1,
-                ..Default::default()
-            },
+            gdt: kvm_dtable { base: GDT, limit: gdt_limit(), ..Default::default() },
+            idt: kvm_dtable { base: IDT, limit: 256 * 16 - 1, ..Default::default() },
             cr0: CR0,
             cr2: 0,
             cr3: TABLES,
@@ -188,11 +174,7 @@ mod tests {
     use super::*;
     use crate::words::wide;
 
-    const STATE: EntryState = EntryState {
-        entry: 0x10_1000,
-        vcpus: 2,
-        ram_bytes: 8 << 20,
-    };
+    const STATE: EntryState = EntryState { entry: 0x10_1000, vcpus: 2, ram_bytes: 8 << 20 };
 
     #[test]
     fn tables_hold_what_the_registers_say() {
@@ -201,14 +183,10 @@ mod tests {
         assert_eq!(gdt.len(), usize::from(special.gdt.limit) + 1);
         assert_eq!(idt().len(), usize::from(special.idt.limit) + 1);
         let at = usize::from(special.tr.selector);
-        let base =
-            u64::from(gdt[at + 2]) | u64::from(gdt[at + 3]) << 8 | u64::from(gdt[at + 4]) << 16;
+        let base = u64::from(gdt[at + 2]) | u64::from(gdt[at + 3]) << 8 | u64::from(gdt[at + 4]) << 16;
         assert_eq!(base, special.tr.base);
         assert_eq!(gdt[at + 5], 0x8b);
-        assert_eq!(
-            u32::from(gdt[at]) | u32::from(gdt[at + 1]) << 8,
-            special.tr.limit
-        );
+        assert_eq!(u32::from(gdt[at]) | u32::from(gdt[at + 1]) << 8, special.tr.limit);
     }
 
     #[test]
@@ -235,10 +213,7 @@ mod tests {
 
     #[test]
     fn vcpus_have_their_own_stacks_and_tasks() {
-        assert_eq!(
-            STATE.registers(0).rsp - STATE.registers(1).rsp,
-            layout::STACK_BYTES
-        );
+        assert_eq!(STATE.registers(0).rsp - STATE.registers(1).rsp, layout::STACK_BYTES);
         assert!(STATE.registers(7).rsp - layout::STACK_BYTES >= layout::STACKS);
         assert_ne!(task(0), task(1));
         assert_ne!(task_address(0), task_address(1));
@@ -247,9 +222,6 @@ mod tests {
     #[test]
     fn the_state_survives_serialisation() {
         let text = serde_json::to_string(&STATE).expect("plain numbers serialise");
-        assert_eq!(
-            serde_json::from_str::<EntryState>(&text).expect("as written"),
-            STATE
-        );
+        assert_eq!(serde_json::from_str::<EntryState>(&text).expect("as written"), STATE);
     }
 }

@@ -31,17 +31,13 @@ use vm_memory::GuestMemoryError;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The caller gave the VM too little memory for the built-in guest.
-    #[error(
-        "{ram_bytes} bytes of RAM are too few for the built-in guest, which needs {MIN_RAM_BYTES}"
-    )]
+    #[error("{ram_bytes} bytes of RAM are too few for the built-in guest, which needs {MIN_RAM_BYTES}")]
     RamTooSmall {
         /// Bytes of RAM.
         ram_bytes: u64,
     },
     /// The caller gave the VM more memory than the loader's page tables cover.
-    #[error(
-        "{ram_bytes} bytes of RAM are too many for the built-in guest, which maps {MAX_RAM_BYTES}"
-    )]
+    #[error("{ram_bytes} bytes of RAM are too many for the built-in guest, which maps {MAX_RAM_BYTES}")]
     RamTooLarge {
         /// Bytes of RAM.
         ram_bytes: u64,
@@ -72,10 +68,7 @@ pub enum BootError {
         at: usize,
     },
     /// The number of vCPUs is not from 1 to [`layout::MAX_VCPUS`].
-    #[error(
-        "the built-in guest runs on 1 to {} vCPUs, not {vcpus}",
-        layout::MAX_VCPUS
-    )]
+    #[error("the built-in guest runs on 1 to {} vCPUs, not {vcpus}", layout::MAX_VCPUS)]
     VcpuCount {
         /// vCPUs asked for.
         vcpus: u8,

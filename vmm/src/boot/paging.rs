@@ -48,9 +48,7 @@ impl PageTables {
     /// Maps RAM from 0 to `low_end` and from [`layout::HIGH_RAM`] to `high_end` (equal where there
     /// is none). The ends are multiples of 2 MiB, checked by the caller.
     pub(super) fn identity(low_end: u64, high_end: u64) -> Self {
-        let mut tables = Self {
-            pages: vec![[0; ENTRIES]; 2],
-        };
+        let mut tables = Self { pages: vec![[0; ENTRIES]; 2] };
         tables.pages[0][0] = address_of(1) | bit::TABLE;
         for ram in [0..low_end, layout::HIGH_RAM..high_end] {
             for page in ram.step_by(LEAF_BYTES) {
@@ -65,11 +63,7 @@ impl PageTables {
 
     /// The tables as bytes, in one piece from [`TABLES`] on.
     pub(super) fn bytes(&self) -> Vec<u8> {
-        self.pages
-            .iter()
-            .flatten()
-            .flat_map(|entry| entry.to_le_bytes())
-            .collect()
+        self.pages.iter().flatten().flat_map(|entry| entry.to_le_bytes()).collect()
     }
 
     fn map_large(&mut self, page: u64, bits: u64) {

@@ -86,29 +86,18 @@ impl Family {
         for (entry, found) in &recount.entries {
             let counted = self.tables.references(*entry);
             if counted != *found {
-                return Err(FamilyFault::References {
-                    entry: *entry,
-                    counted,
-                    found: *found,
-                });
+                return Err(FamilyFault::References { entry: *entry, counted, found: *found });
             }
         }
         let counts = self.tables.counts();
         let in_use = counts.nodes + counts.records;
         if in_use != recount.entries.len() {
-            return Err(FamilyFault::InUse {
-                counted: in_use,
-                found: recount.entries.len(),
-            });
+            return Err(FamilyFault::InUse { counted: in_use, found: recount.entries.len() });
         }
         for (cut, known) in &self.cuts {
             let found = recount.cuts.get(cut).copied().unwrap_or(0);
             if known.references != found {
-                return Err(FamilyFault::Cut {
-                    cut: *cut,
-                    counted: known.references,
-                    found,
-                });
+                return Err(FamilyFault::Cut { cut: *cut, counted: known.references, found });
             }
         }
         self.check_frames(&recount)?;
@@ -119,21 +108,13 @@ impl Family {
         for (frames, counted) in self.tables.ledger().iter() {
             let found = recount.frames.get(&frames).copied().unwrap_or(0);
             if counted != found {
-                return Err(FamilyFault::Frames {
-                    frames,
-                    counted,
-                    found,
-                });
+                return Err(FamilyFault::Frames { frames, counted, found });
             }
         }
         for (frames, found) in &recount.frames {
             let counted = self.tables.ledger().references(*frames);
             if counted != *found {
-                return Err(FamilyFault::Frames {
-                    frames: *frames,
-                    counted,
-                    found: *found,
-                });
+                return Err(FamilyFault::Frames { frames: *frames, counted, found: *found });
             }
         }
         Ok(())

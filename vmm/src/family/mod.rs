@@ -24,7 +24,7 @@ use thiserror::Error;
 
 use crate::board::{Board, LeafWord};
 use crate::frames::{BlockId, CutId, Frames};
-use crate::tables::{Entry, Found, LeafRecord, TableCounts, Tables, TablesError, resolve};
+use crate::tables::{Entry, Found, LeafRecord, NUMBER_LIMIT, TableCounts, Tables, TablesError, resolve};
 use crate::words::{LeafNumber, PageSet};
 
 pub use self::check::FamilyFault;
@@ -166,19 +166,20 @@ impl Family {
         Ok(id)
     }
 
+    /// A number never used before whose place on the board is free.
     fn free_cut_id(&mut self) -> Result<CutId, FamilyError> {
-        let limit = self.board.shape().cuts;
-        for _ in 0..limit {
-            let number = self.next_cut;
-            self.next_cut = if number + 1 < limit { number + 1 } else { 1 };
-            if let Some(id) = CutId::new(number)
-                && !self.cuts.contains_key(&id)
-                && !self.files.contains(&id)
-            {
+        let places = self.board.shape().cuts;
+        let place = |id: &CutId| id.get() % places;
+        let taken: BTreeSet<u32> = self.cuts.keys().chain(&self.files).map(place).collect();
+        for _ in 0..places {
+            let id = CutId::new(self.next_cut).filter(|id| id.get() < NUMBER_LIMIT);
+            let id = id.ok_or(FamilyError::Cuts(NUMBER_LIMIT))?;
+            self.next_cut += 1;
+            if !taken.contains(&place(&id)) {
                 return Ok(id);
             }
         }
-        Err(FamilyError::Cuts(limit))
+        Err(FamilyError::Cuts(places))
     }
 
     /// Gives a reserved cut up.
@@ -252,17 +253,9 @@ impl Family {
     ///
     /// # Errors
     /// No such VM, or no room.
-    pub fn harvest(
-        &mut self,
-        vm: VmId,
-        owned: &[(LeafNumber, PageSet)],
-    ) -> Result<(), FamilyError> {
+    pub fn harvest(&mut self, vm: VmId, owned: &[(LeafNumber, PageSet)]) -> Result<(), FamilyError> {
         let keep: BTreeSet<LeafNumber> = owned.iter().map(|(leaf, _)| *leaf).collect();
-        let gone: Vec<_> = self
-            .private_leaves(vm)?
-            .into_iter()
-            .filter(|leaf| !keep.contains(leaf))
-            .collect();
+        let gone: Vec<_> = self.private_leaves(vm)?.into_iter().filter(|leaf| !keep.contains(leaf)).collect();
         for leaf in gone {
             self.set_private(vm, leaf, PageSet::EMPTY)?;
         }
@@ -292,17 +285,10 @@ impl Family {
         Ok(leaves)
     }
 
-    fn set_private(
-        &mut self,
-        vm: VmId,
-        leaf: LeafNumber,
-        exclusive: PageSet,
-    ) -> Result<(), FamilyError> {
+    fn set_private(&mut self, vm: VmId, leaf: LeafNumber, exclusive: PageSet) -> Result<(), FamilyError> {
         let entry = self.vms.get_mut(&vm).ok_or(FamilyError::NoVm(vm))?;
         let cuts = &mut self.cuts;
-        let result =
-            self.tables
-                .set_private(&mut entry.root, leaf, exclusive, &mut retain_in(cuts));
+        let result = self.tables.set_private(&mut entry.root, leaf, exclusive, &mut retain_in(cuts));
         self.board.member(entry.slot).set_base(entry.root.encode());
         Ok(result?)
     }
@@ -317,12 +303,8 @@ impl Family {
         loop {
             let before = (self.cuts.len(), sweep.unneeded.len());
             self.declare_unneeded(&mut sweep);
-            let settleable: Vec<CutId> = self
-                .cuts
-                .keys()
-                .copied()
-                .filter(|id| self.can_settle(*id))
-                .collect();
+            let settleable: Vec<CutId> =
+                self.cuts.keys().copied().filter(|id| self.can_settle(*id)).collect();
             for id in &settleable {
                 if let Err(error) = self.settle(*id) {
                     failed = Some(error);
@@ -372,11 +354,7 @@ impl Family {
         if let Some(vm) = self.vms.get(&source) {
             own += self.slots_naming(vm.root, id);
         }
-        for cut in self
-            .cuts
-            .values()
-            .filter(|cut| cut.source == source && cut.unneeded)
-        {
+        for cut in self.cuts.values().filter(|cut| cut.source == source && cut.unneeded) {
             own += self.slots_naming(cut.base, id);
         }
         own
@@ -388,10 +366,7 @@ impl Family {
             count += match entry {
                 Entry::Thunk(named) if named == cut => 1,
                 Entry::Leaf(record) => match self.tables.leaf_record(record) {
-                    LeafRecord::Private {
-                        under: Entry::Thunk(named),
-                        ..
-                    } if named == cut => 1,
+                    LeafRecord::Private { under: Entry::Thunk(named), .. } if named == cut => 1,
                     _ => 0,
                 },
                 _ => 0,
@@ -418,14 +393,9 @@ impl Family {
         let board = self.board.clone();
         let area = board.cut(id);
         for leaf in area.protected() {
-            if let Err(error) = Self::settle_leaf(
-                &mut self.tables,
-                &mut self.cuts,
-                &area,
-                id,
-                &mut table,
-                leaf,
-            ) {
+            if let Err(error) =
+                Self::settle_leaf(&mut self.tables, &mut self.cuts, &area, id, &mut table, leaf)
+            {
                 self.release(table);
                 return Err(error.into());
             }
@@ -434,22 +404,14 @@ impl Family {
         if let Some(cut) = self.cuts.get_mut(&id) {
             cut.table = Some(table);
         }
-        let heirs: Vec<VmId> = self
-            .vms
-            .iter()
-            .filter(|(_, vm)| vm.root == Entry::Thunk(id))
-            .map(|(vm, _)| *vm)
-            .collect();
+        let heirs: Vec<VmId> =
+            self.vms.iter().filter(|(_, vm)| vm.root == Entry::Thunk(id)).map(|(vm, _)| *vm).collect();
         for vm in heirs {
             let root = self.share(table);
             self.set_root(vm, root);
         }
-        let above: Vec<CutId> = self
-            .cuts
-            .iter()
-            .filter(|(_, cut)| cut.base == Entry::Thunk(id))
-            .map(|(cut, _)| *cut)
-            .collect();
+        let above: Vec<CutId> =
+            self.cuts.iter().filter(|(_, cut)| cut.base == Entry::Thunk(id)).map(|(cut, _)| *cut).collect();
         for other in above {
             let base = self.share(table);
             self.board.cut(other).set_base(base.encode());
@@ -515,10 +477,7 @@ impl Family {
         let released = self.tables.take_released();
         self.parting.extend(released.frames);
         for id in released.cuts {
-            let cut = self
-                .cuts
-                .get_mut(&id)
-                .expect("a cut lives as long as an entry names it");
+            let cut = self.cuts.get_mut(&id).expect("a cut lives as long as an entry names it");
             cut.references -= 1;
         }
     }
@@ -527,29 +486,19 @@ impl Family {
     fn close_files(&mut self, sweep: &mut Sweep) {
         // Pairs with `MemberArea::walk`: what was unlinked before this cannot be reached by a walk
         // that begins after it.
-        if self
-            .slots
-            .values()
-            .any(|slot| self.board.member(*slot).walkers() != 0)
-        {
+        if self.slots.values().any(|slot| self.board.member(*slot).walkers() != 0) {
             return;
         }
         self.tables.reclaim();
         let mapped = self.mapped_blocks();
         let ledger = self.tables.ledger();
         // A record may have come to name again what none named for a while.
-        self.parting
-            .retain(|frames| ledger.references(*frames) == 0);
-        sweep.freed.extend(
-            self.parting
-                .extract_if(.., |frames| !mapped.contains(frames)),
-        );
+        self.parting.retain(|frames| ledger.references(*frames) == 0);
+        sweep.freed.extend(self.parting.extract_if(.., |frames| !mapped.contains(frames)));
         let unused = |id: &CutId| {
             ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
         };
-        sweep
-            .closed
-            .extend(self.files.extract_if(.., |id| unused(id)));
+        sweep.closed.extend(self.files.extract_if(.., |id| unused(id)));
     }
 
     /// The blocks that windows map, as their members say.
@@ -593,10 +542,7 @@ impl Family {
     /// # Errors
     /// No such VM.
     pub fn root(&self, vm: VmId) -> Result<Entry, FamilyError> {
-        self.vms
-            .get(&vm)
-            .map(|vm| vm.root)
-            .ok_or(FamilyError::NoVm(vm))
+        self.vms.get(&vm).map(|vm| vm.root).ok_or(FamilyError::NoVm(vm))
     }
 
     /// What `leaf` of a VM shares.
@@ -652,9 +598,7 @@ impl Family {
 
 fn retain_in(cuts: &mut BTreeMap<CutId, Cut>) -> impl FnMut(CutId) {
     |id| {
-        let cut = cuts
-            .get_mut(&id)
-            .expect("a cut lives as long as an entry names it");
+        let cut = cuts.get_mut(&id).expect("a cut lives as long as an entry names it");
         cut.references += 1;
     }
 }

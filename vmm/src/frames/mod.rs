@@ -123,17 +123,13 @@ impl Ledger {
 
     /// All frames that are referred to, with their counts, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (Frames, u32)> + '_ {
-        self.references
-            .iter()
-            .map(|(frames, count)| (*frames, *count))
+        self.references.iter().map(|(frames, count)| (*frames, *count))
     }
 }
 
 /// Takes 1 from a count, and the entry away at 0; true if it was the last.
 fn decrement<K: Ord + fmt::Debug>(counts: &mut BTreeMap<K, u32>, key: K) -> bool {
-    let count = counts
-        .get_mut(&key)
-        .unwrap_or_else(|| panic!("{key:?} released more often than retained"));
+    let count = counts.get_mut(&key).unwrap_or_else(|| panic!("{key:?} released more often than retained"));
     *count -= 1;
     let last = *count == 0;
     if last {
@@ -149,38 +145,23 @@ mod tests {
     #[test]
     fn the_last_release_is_told() {
         let cut = CutId::new(3).expect("not zero");
-        let block = Frames::Block(BlockId {
-            cut,
-            leaf: LeafNumber(7),
-        });
-        let patches = Frames::Patches(BlockId {
-            cut,
-            leaf: LeafNumber(7),
-        });
+        let block = Frames::Block(BlockId { cut, leaf: LeafNumber(7) });
+        let patches = Frames::Patches(BlockId { cut, leaf: LeafNumber(7) });
         let mut ledger = Ledger::default();
         ledger.retain(block);
         ledger.retain(block);
         ledger.retain(patches);
-        assert_eq!(
-            (ledger.references(block), ledger.references_to_cut(cut)),
-            (2, 3)
-        );
+        assert_eq!((ledger.references(block), ledger.references_to_cut(cut)), (2, 3));
         assert!(!ledger.release(block));
         assert!(ledger.release(block));
         assert!(ledger.release(patches));
-        assert_eq!(
-            (ledger.references_to_cut(cut), ledger.iter().count()),
-            (0, 0)
-        );
+        assert_eq!((ledger.references_to_cut(cut), ledger.iter().count()), (0, 0));
     }
 
     #[test]
     #[should_panic(expected = "released more often than retained")]
     fn a_release_too_many_is_a_bug() {
         let cut = CutId::new(1).expect("not zero");
-        Ledger::default().release(Frames::Block(BlockId {
-            cut,
-            leaf: LeafNumber(0),
-        }));
+        Ledger::default().release(Frames::Block(BlockId { cut, leaf: LeafNumber(0) }));
     }
 }

@@ -26,8 +26,8 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
-    sendmsg, socketpair,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg,
+    socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -51,9 +51,7 @@ const INLINE: u8 = 1;
 const CARRIED: u8 = 2;
 
 /// What no one may do to a carrier any more, so that it cannot change while it is read.
-const CARRIER_SEALS: SealFlags = SealFlags::WRITE
-    .union(SealFlags::SHRINK)
-    .union(SealFlags::GROW);
+const CARRIER_SEALS: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 
 /// One end of a two-way stream of messages.
 #[derive(Debug)]
@@ -74,13 +72,9 @@ impl Channel {
     /// # Errors
     /// The host has no descriptors left.
     pub fn pair() -> Result<(Self, Self), IpcError> {
-        let (here, there) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(|error| IpcError::host("create a socket pair", error))?;
+        let (here, there) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|error| IpcError::host("create a socket pair", error))?;
         Ok((Self { socket: here }, Self { socket: there }))
     }
 
@@ -92,9 +86,7 @@ impl Channel {
         let kind = sockopt::socket_type(&socket)
             .map_err(|error| IpcError::host("ask a descriptor for its socket type", error))?;
         if kind != SocketType::SEQPACKET {
-            return Err(IpcError::Malformed {
-                reason: "not a sequential-packet socket",
-            });
+            return Err(IpcError::Malformed { reason: "not a sequential-packet socket" });
         }
         Ok(Self { socket })
     }
@@ -120,18 +112,10 @@ impl Channel {
     /// # Errors
     /// [`IpcError::Closed`] where the peer is gone; [`IpcError::TooMuch`] above [`DESCRIPTOR_LIMIT`]
     /// or [`MESSAGE_LIMIT_BYTES`]. Nothing was sent then.
-    pub fn send<T: Serialize>(
-        &self,
-        message: &T,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(), IpcError> {
+    pub fn send<T: Serialize>(&self, message: &T, descriptors: &[BorrowedFd<'_>]) -> Result<(), IpcError> {
         if descriptors.len() > DESCRIPTOR_LIMIT {
             let count = descriptors.len();
-            return Err(IpcError::TooMuch {
-                what: "descriptors",
-                count,
-                limit: DESCRIPTOR_LIMIT,
-            });
+            return Err(IpcError::TooMuch { what: "descriptors", count, limit: DESCRIPTOR_LIMIT });
         }
         let bytes = postcard::to_stdvec(message).map_err(|source| IpcError::Encoding {
             kind: type_name::<T>(),
@@ -142,14 +126,10 @@ impl Channel {
             return self.transmit(INLINE, &bytes, descriptors);
         }
         if bytes.len() > MESSAGE_LIMIT_BYTES {
-            return Err(IpcError::TooMuch {
-                what: "bytes",
-                count: bytes.len(),
-                limit: MESSAGE_LIMIT_BYTES,
-            });
+            return Err(IpcError::TooMuch { what: "bytes", count: bytes.len(), limit: MESSAGE_LIMIT_BYTES });
         }
-        let carrier = fill_carrier(&bytes)
-            .map_err(|error| IpcError::host("put a message in a memfd", error))?;
+        let carrier =
+            fill_carrier(&bytes).map_err(|error| IpcError::host("put a message in a memfd", error))?;
         let mut with_carrier = Vec::with_capacity(descriptors.len() + 1);
         with_carrier.push(carrier.as_fd());
         with_carrier.extend_from_slice(descriptors);
@@ -185,35 +165,20 @@ impl Channel {
             return Ok(None);
         };
         let (bytes, descriptors) = datagram.into_message()?;
-        let encoding = |source| IpcError::Encoding {
-            kind: type_name::<T>(),
-            len_bytes: bytes.len(),
-            source,
-        };
+        let encoding = |source| IpcError::Encoding { kind: type_name::<T>(), len_bytes: bytes.len(), source };
         let (message, rest) = postcard::take_from_bytes(&bytes).map_err(encoding)?;
         if !rest.is_empty() {
-            return Err(IpcError::Malformed {
-                reason: "bytes are left over after the message",
-            });
+            return Err(IpcError::Malformed { reason: "bytes are left over after the message" });
         }
         Ok(Some((message, descriptors)))
     }
 
-    fn transmit(
-        &self,
-        kind: u8,
-        bytes: &[u8],
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(), IpcError> {
+    fn transmit(&self, kind: u8, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), IpcError> {
         let mut space = [MaybeUninit::uninit(); CONTROL_BYTES];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
             let limit = KERNEL_DESCRIPTOR_LIMIT;
-            return Err(IpcError::TooMuch {
-                what: "descriptors",
-                count: descriptors.len(),
-                limit,
-            });
+            return Err(IpcError::TooMuch { what: "descriptors", count: descriptors.len(), limit });
         }
         let kind = [kind];
         let parts = [IoSlice::new(&kind), IoSlice::new(bytes)];
@@ -225,20 +190,14 @@ impl Channel {
                 Err(Errno::AGAIN) => {
                     let limit = sockopt::socket_timeout(&self.socket, Timeout::Send);
                     let waited = limit.ok().flatten().unwrap_or_default();
-                    return Err(IpcError::TimedOut {
-                        action: "send a message",
-                        waited,
-                    });
+                    return Err(IpcError::TimedOut { action: "send a message", waited });
                 }
                 Err(error) => return Err(IpcError::host("send a message", error)),
             }
         }
     }
 
-    fn next_datagram(
-        &self,
-        limit: Option<(Instant, Duration)>,
-    ) -> Result<Option<Datagram>, IpcError> {
+    fn next_datagram(&self, limit: Option<(Instant, Duration)>) -> Result<Option<Datagram>, IpcError> {
         let mut kind = [0];
         let mut bytes = vec![0; INLINE_LIMIT_BYTES];
         loop {
@@ -247,43 +206,31 @@ impl Channel {
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let mut parts = [IoSliceMut::new(&mut kind), IoSliceMut::new(&mut bytes)];
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-            let RecvMsg {
-                bytes: length,
-                flags,
-                ..
-            } = match recvmsg(&self.socket, &mut parts, &mut control, flags) {
-                Ok(received) => received,
-                // Another thread was faster; or the peer closed without reading all that it was
-                // sent, which the socket reports once, before what the peer itself had sent.
-                Err(Errno::AGAIN | Errno::INTR | Errno::CONNRESET) => continue,
-                Err(error) => return Err(IpcError::host("receive a message", error)),
-            };
+            let RecvMsg { bytes: length, flags, .. } =
+                match recvmsg(&self.socket, &mut parts, &mut control, flags) {
+                    Ok(received) => received,
+                    // Another thread was faster; or the peer closed without reading all that it was
+                    // sent, which the socket reports once, before what the peer itself had sent.
+                    Err(Errno::AGAIN | Errno::INTR | Errno::CONNRESET) => continue,
+                    Err(error) => return Err(IpcError::host("receive a message", error)),
+                };
             let descriptors = control.drain().filter_map(|message| match message {
                 RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
                 _ => None,
             });
             let descriptors = descriptors.flatten().collect();
             if flags.contains(ReturnFlags::CTRUNC) {
-                return Err(IpcError::host(
-                    "receive all descriptors of a message",
-                    Errno::MFILE,
-                ));
+                return Err(IpcError::host("receive all descriptors of a message", Errno::MFILE));
             }
             if flags.contains(ReturnFlags::TRUNC) {
-                return Err(IpcError::Malformed {
-                    reason: "datagram longer than any that salp sends",
-                });
+                return Err(IpcError::Malformed { reason: "datagram longer than any that salp sends" });
             }
             // Every datagram has its first byte: none at all means the end.
             let Some(payload) = length.checked_sub(kind.len()) else {
                 return Ok(None);
             };
             bytes.truncate(payload);
-            return Ok(Some(Datagram {
-                kind: kind[0],
-                bytes,
-                descriptors,
-            }));
+            return Ok(Some(Datagram { kind: kind[0], bytes, descriptors }));
         }
     }
 
@@ -294,10 +241,7 @@ impl Channel {
             let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
             match (poll(&mut polled, left.as_ref()), limit) {
                 (Ok(0), Some((_, waited))) => {
-                    return Err(IpcError::TimedOut {
-                        action: "receive a message",
-                        waited,
-                    });
+                    return Err(IpcError::TimedOut { action: "receive a message", waited });
                 }
                 (Ok(0) | Err(Errno::INTR), _) => {}
                 (Ok(_), _) => return Ok(()),
@@ -321,22 +265,16 @@ impl Datagram {
             INLINE => Ok((self.bytes, self.descriptors)),
             CARRIED => {
                 let Ok(len_bytes) = <[u8; 8]>::try_from(self.bytes.as_slice()) else {
-                    return Err(IpcError::Malformed {
-                        reason: "length of a carried message is not 8 bytes",
-                    });
+                    return Err(IpcError::Malformed { reason: "length of a carried message is not 8 bytes" });
                 };
                 if self.descriptors.is_empty() {
-                    return Err(IpcError::Malformed {
-                        reason: "carried message without its memfd",
-                    });
+                    return Err(IpcError::Malformed { reason: "carried message without its memfd" });
                 }
                 let carrier = self.descriptors.remove(0);
                 let bytes = read_carrier(carrier, index(u64::from_le_bytes(len_bytes)))?;
                 Ok((bytes, self.descriptors))
             }
-            _ => Err(IpcError::Malformed {
-                reason: "unknown kind of datagram",
-            }),
+            _ => Err(IpcError::Malformed { reason: "unknown kind of datagram" }),
         }
     }
 }
@@ -352,18 +290,12 @@ fn fill_carrier(bytes: &[u8]) -> io::Result<File> {
 
 fn read_carrier(carrier: OwnedFd, len_bytes: usize) -> Result<Vec<u8>, IpcError> {
     if len_bytes > MESSAGE_LIMIT_BYTES {
-        return Err(IpcError::TooMuch {
-            what: "bytes",
-            count: len_bytes,
-            limit: MESSAGE_LIMIT_BYTES,
-        });
+        return Err(IpcError::TooMuch { what: "bytes", count: len_bytes, limit: MESSAGE_LIMIT_BYTES });
     }
     let seals = rustix::fs::fcntl_get_seals(&carrier)
         .map_err(|error| IpcError::host("read the seals of a carried message", error))?;
     if !seals.contains(CARRIER_SEALS) {
-        return Err(IpcError::Malformed {
-            reason: "memfd of a carried message is not sealed",
-        });
+        return Err(IpcError::Malformed { reason: "memfd of a carried message is not sealed" });
     }
     let mut bytes = vec![0; len_bytes];
     // At offset 0: the file position came along with the descriptor and stands at the end.

@@ -75,8 +75,7 @@ mod tests {
     #[test]
     fn a_store_through_one_mapping_wakes_a_waiter_on_another() {
         let here = SharedMemory::create("futex-test", 4096).expect("create");
-        let there =
-            SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
+        let there = SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
         thread::scope(|scope| {
             let waiter = scope.spawn(|| {
                 let word = &there.words_u32(64, 1).expect("in range")[0];
@@ -95,11 +94,9 @@ mod tests {
     #[test]
     fn a_sleeper_is_counted_by_the_wake() {
         let here = SharedMemory::create("futex-test", 4096).expect("create");
-        let there =
-            SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
+        let there = SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
         thread::scope(|scope| {
-            let waiter =
-                scope.spawn(|| wait(&there.words_u32(0, 1).expect("in range")[0], 0, None));
+            let waiter = scope.spawn(|| wait(&there.words_u32(0, 1).expect("in range")[0], 0, None));
             let word = &here.words_u32(0, 1).expect("in range")[0];
             // Only a waiter that really sleeps is counted: a private futex would never be found here.
             while wake_all(word).expect("wake") == 0 {

@@ -72,9 +72,6 @@ pub enum IpcError {
 impl IpcError {
     /// A refused call, from whatever the call returned.
     fn host(action: &'static str, source: impl Into<io::Error>) -> Self {
-        Self::Host {
-            action,
-            source: source.into(),
-        }
+        Self::Host { action, source: source.into() }
     }
 }

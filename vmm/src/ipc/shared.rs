@@ -112,33 +112,22 @@ impl SharedMemory {
         let seals = rustix::fs::fcntl_get_seals(&file)
             .map_err(|errno| IpcError::host("read the seals of shared memory", errno))?;
         if !seals.contains(SEALS) {
-            return Err(IpcError::Malformed {
-                reason: "shared memory may change its size",
-            }
-            .into());
+            return Err(IpcError::Malformed { reason: "shared memory may change its size" }.into());
         }
         Self::map(file)
     }
 
     fn map(file: OwnedFd) -> Result<Self, SharedMemoryError> {
-        let stat = rustix::fs::fstat(&file)
-            .map_err(|errno| IpcError::host("stat shared memory", errno))?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| IpcError::host("stat shared memory", errno))?;
         let len_bytes = usize::try_from(stat.st_size).unwrap_or(0);
         let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: a new mapping at a place the kernel chooses disturbs no other.
         let base = unsafe { rustix::mm::mmap(null_mut(), len_bytes, access, flags, &file, 0) }
             .map_err(|errno| SharedMemoryError::host("map shared memory", len_bytes, errno))?;
         let Some(base) = NonNull::new(base.cast()) else {
-            return Err(IpcError::Malformed {
-                reason: "shared memory mapped at address 0",
-            }
-            .into());
+            return Err(IpcError::Malformed { reason: "shared memory mapped at address 0" }.into());
         };
-        let memory = Self {
-            file,
-            base,
-            len_bytes,
-        };
+        let memory = Self { file, base, len_bytes };
         // SAFETY: the range is the mapping just made; the advice changes no byte of it.
         unsafe { rustix::mm::madvise(base.as_ptr().cast(), len_bytes, Advice::LinuxDontFork) }
             .map_err(|errno| IpcError::host("keep shared memory out of forks", errno))?;
@@ -162,8 +151,8 @@ impl SharedMemory {
     /// # Errors
     /// The host refused to say.
     pub fn resident_bytes(&self) -> Result<u64, SharedMemoryError> {
-        let stat = rustix::fs::fstat(&self.file)
-            .map_err(|errno| IpcError::host("stat shared memory", errno))?;
+        let stat =
+            rustix::fs::fstat(&self.file).map_err(|errno| IpcError::host("stat shared memory", errno))?;
         Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
     }
 
@@ -171,11 +160,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// [`SharedMemoryError::OutOfRange`], [`SharedMemoryError::Misaligned`].
-    pub fn words_u32(
-        &self,
-        offset: usize,
-        count: usize,
-    ) -> Result<&[AtomicU32], SharedMemoryError> {
+    pub fn words_u32(&self, offset: usize, count: usize) -> Result<&[AtomicU32], SharedMemoryError> {
         let first = self.place::<AtomicU32>(offset, count)?;
         // SAFETY: `place` checked that the words are aligned and inside the mapping, which lives as
         // long as `self`; every bit pattern is a value; all access, in every process, is atomic.
@@ -186,11 +171,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// [`SharedMemoryError::OutOfRange`], [`SharedMemoryError::Misaligned`].
-    pub fn words_u64(
-        &self,
-        offset: usize,
-        count: usize,
-    ) -> Result<&[AtomicU64], SharedMemoryError> {
+    pub fn words_u64(&self, offset: usize, count: usize) -> Result<&[AtomicU64], SharedMemoryError> {
         let first = self.place::<AtomicU64>(offset, count)?;
         // SAFETY: as in `words_u32`.
         Ok(unsafe { slice::from_raw_parts(first.as_ptr(), count) })
@@ -241,10 +222,7 @@ impl SharedMemory {
         self.check(offset, count.saturating_mul(size_of::<W>()))?;
         let align_bytes = align_of::<W>();
         if !offset.is_multiple_of(align_bytes) {
-            return Err(SharedMemoryError::Misaligned {
-                offset,
-                align_bytes,
-            });
+            return Err(SharedMemoryError::Misaligned { offset, align_bytes });
         }
         // SAFETY: `check` found the offset inside the mapping (or one past its end, with no words).
         Ok(unsafe { self.base.add(offset) }.cast())
@@ -253,11 +231,7 @@ impl SharedMemory {
     fn check(&self, start: usize, wanted: usize) -> Result<(), SharedMemoryError> {
         let end = start.saturating_add(wanted);
         if end > self.len_bytes {
-            return Err(SharedMemoryError::OutOfRange {
-                start,
-                end,
-                len_bytes: self.len_bytes,
-            });
+            return Err(SharedMemoryError::OutOfRange { start, end, len_bytes: self.len_bytes });
         }
         Ok(())
     }
@@ -267,10 +241,7 @@ impl Drop for SharedMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and `&mut self` says that no word of it is borrowed.
         let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len_bytes) };
-        debug_assert!(
-            result.is_ok(),
-            "unmapping a whole mapping cannot fail: {result:?}"
-        );
+        debug_assert!(result.is_ok(), "unmapping a whole mapping cannot fail: {result:?}");
     }
 }
 
@@ -288,80 +259,38 @@ mod tests {
 
     fn shared(len_bytes: usize) -> (SharedMemory, SharedMemory) {
         let here = SharedMemory::create("shared-test", len_bytes).expect("create");
-        let there =
-            SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
+        let there = SharedMemory::from_fd(here.fd().try_clone_to_owned().expect("dup")).expect("map");
         (here, there)
     }
 
     #[test]
     fn a_store_is_seen_in_the_other_mapping() {
         let (here, there) = shared(3 * PAGE_BYTES - 1);
-        assert_eq!(
-            (here.len_bytes(), there.len_bytes()),
-            (3 * PAGE_BYTES, 3 * PAGE_BYTES)
-        );
+        assert_eq!((here.len_bytes(), there.len_bytes()), (3 * PAGE_BYTES, 3 * PAGE_BYTES));
         here.words_u32(PAGE_BYTES + 4, 2).expect("in range")[1].store(11, Ordering::Release);
         let last = 3 * PAGE_BYTES - 8;
         here.words_u64(last, 1).expect("in range")[0].store(u64::MAX - 1, Ordering::Release);
-        assert_eq!(
-            there.words_u32(PAGE_BYTES + 8, 1).expect("in range")[0].load(Ordering::Acquire),
-            11
-        );
-        assert_eq!(
-            there.words_u64(last, 1).expect("in range")[0].load(Ordering::Acquire),
-            u64::MAX - 1
-        );
-        assert_eq!(
-            there
-                .words_u32(0, 3 * PAGE_BYTES / 4)
-                .expect("in range")
-                .len(),
-            3 * PAGE_BYTES / 4
-        );
+        assert_eq!(there.words_u32(PAGE_BYTES + 8, 1).expect("in range")[0].load(Ordering::Acquire), 11);
+        assert_eq!(there.words_u64(last, 1).expect("in range")[0].load(Ordering::Acquire), u64::MAX - 1);
+        assert_eq!(there.words_u32(0, 3 * PAGE_BYTES / 4).expect("in range").len(), 3 * PAGE_BYTES / 4);
     }
 
     #[test]
     fn what_is_outside_or_misaligned_is_refused() {
         let (memory, _) = shared(PAGE_BYTES);
-        for (offset, count) in [
-            (PAGE_BYTES, 1),
-            (0, PAGE_BYTES / 8 + 1),
-            (8, usize::MAX),
-            (usize::MAX - 7, 1),
-        ] {
+        for (offset, count) in
+            [(PAGE_BYTES, 1), (0, PAGE_BYTES / 8 + 1), (8, usize::MAX), (usize::MAX - 7, 1)]
+        {
             let error = memory.words_u64(offset, count).expect_err("outside");
-            assert!(
-                matches!(error, SharedMemoryError::OutOfRange { .. }),
-                "{error}"
-            );
+            assert!(matches!(error, SharedMemoryError::OutOfRange { .. }), "{error}");
         }
-        assert!(
-            memory
-                .words_u64(PAGE_BYTES, 0)
-                .expect("no words")
-                .is_empty()
-        );
+        assert!(memory.words_u64(PAGE_BYTES, 0).expect("no words").is_empty());
         let error = memory.words_u64(4, 1).expect_err("misaligned");
-        assert!(
-            matches!(
-                error,
-                SharedMemoryError::Misaligned {
-                    offset: 4,
-                    align_bytes: 8
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, SharedMemoryError::Misaligned { offset: 4, align_bytes: 8 }), "{error}");
         let error = memory.words_u32(2, 1).expect_err("misaligned");
-        assert!(
-            matches!(error, SharedMemoryError::Misaligned { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, SharedMemoryError::Misaligned { .. }), "{error}");
         let error = memory.reserve(0..PAGE_BYTES + 1).expect_err("outside");
-        assert!(
-            matches!(error, SharedMemoryError::OutOfRange { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, SharedMemoryError::OutOfRange { .. }), "{error}");
     }
 
     #[test]
@@ -384,31 +313,20 @@ mod tests {
     fn nobody_can_change_the_size() {
         let (memory, _) = shared(2 * PAGE_BYTES);
         for len_bytes in [0, wide(PAGE_BYTES), wide(3 * PAGE_BYTES)] {
-            assert_eq!(
-                rustix::fs::ftruncate(memory.fd(), len_bytes),
-                Err(Errno::PERM)
-            );
+            assert_eq!(rustix::fs::ftruncate(memory.fd(), len_bytes), Err(Errno::PERM));
         }
-        assert_eq!(
-            rustix::fs::fcntl_add_seals(memory.fd(), SealFlags::FUTURE_WRITE),
-            Err(Errno::PERM)
-        );
+        assert_eq!(rustix::fs::fcntl_add_seals(memory.fd(), SealFlags::FUTURE_WRITE), Err(Errno::PERM));
         let loose = rustix::fs::memfd_create("loose", MemfdFlags::ALLOW_SEALING).expect("memfd");
         rustix::fs::ftruncate(&loose, wide(PAGE_BYTES)).expect("truncate");
         let error = SharedMemory::from_fd(loose).expect_err("not sealed");
-        assert!(
-            matches!(error, SharedMemoryError::Ipc(IpcError::Malformed { .. })),
-            "{error}"
-        );
+        assert!(matches!(error, SharedMemoryError::Ipc(IpcError::Malformed { .. })), "{error}");
         assert!(SharedMemory::create("empty", 0).is_err());
     }
 
     #[test]
     fn a_full_host_refuses_the_reservation_and_names_the_reason() {
         let Ok(context) = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC) else {
-            println!(
-                "SKIPPED: a_full_host_refuses_the_reservation_and_names_the_reason needs CAP_SYS_ADMIN"
-            );
+            println!("SKIPPED: a_full_host_refuses_the_reservation_and_names_the_reason needs CAP_SYS_ADMIN");
             return;
         };
         // A tmpfs of 16 KiB stands for a host with no more memory than that.
@@ -416,19 +334,13 @@ mod tests {
         rustix::mount::fsconfig_create(&context).expect("create");
         let (flags, attributes) = (FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty());
         let mount = rustix::mount::fsmount(&context, flags, attributes).expect("mount");
-        let (flags, mode) = (
-            OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
-            Mode::RUSR | Mode::WUSR,
-        );
+        let (flags, mode) = (OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
         let file = rustix::fs::openat(&mount, ".", flags, mode).expect("file");
         rustix::fs::ftruncate(&file, wide(64 * PAGE_BYTES)).expect("truncate");
         let memory = SharedMemory::map(file).expect("map");
         memory.reserve(0..2 * PAGE_BYTES).expect("fits");
         let error = memory.reserve(0..32 * PAGE_BYTES).expect_err("full");
-        assert!(
-            matches!(error, SharedMemoryError::OutOfMemory { len_bytes: 131_072 }),
-            "{error}"
-        );
+        assert!(matches!(error, SharedMemoryError::OutOfMemory { len_bytes: 131_072 }), "{error}");
         assert_eq!(memory.resident_bytes().expect("stat"), 2 * wide(PAGE_BYTES));
     }
 }

@@ -70,10 +70,7 @@ pub enum SpawnError {
 
 impl SpawnError {
     fn host(action: &'static str, source: impl Into<io::Error>) -> Self {
-        Self::Host {
-            action,
-            source: source.into(),
-        }
+        Self::Host { action, source: source.into() }
     }
 }
 
@@ -119,11 +116,8 @@ pub fn spawn_self(
     variables: &[(&str, &OsStr)],
     descriptors: &[(BorrowedFd<'_>, RawFd)],
 ) -> Result<Child, SpawnError> {
-    let program = env::args_os()
-        .next()
-        .unwrap_or_else(|| OsString::from("salp"));
-    let arguments =
-        c_strings(std::iter::once(program.as_os_str()).chain(arguments.iter().copied()))?;
+    let program = env::args_os().next().unwrap_or_else(|| OsString::from("salp"));
+    let arguments = c_strings(std::iter::once(program.as_os_str()).chain(arguments.iter().copied()))?;
     let environment = environment(variables)?;
     let moved = out_of_the_way(descriptors)?;
 
@@ -134,11 +128,7 @@ pub fn spawn_self(
     let pid = settings.spawn(&arguments, &environment)?;
     // The number cannot belong to another process before it has been reaped, which only `Child` does.
     match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(pidfd) => Ok(Child {
-            pid,
-            pidfd,
-            ending: Mutex::new(None),
-        }),
+        Ok(pidfd) => Ok(Child { pid, pidfd, ending: Mutex::new(None) }),
         Err(error) => {
             // ESRCH: it has ended by itself, and is reaped all the same.
             let killed = rustix::process::kill_process(pid, Signal::KILL);
@@ -161,22 +151,14 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, SpawnError> {
     static ADOPTING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = ADOPTING.lock().unwrap_or_else(PoisonError::into_inner);
     if number < FIRST_HANDED_OVER {
-        return Err(SpawnError::Number {
-            number,
-            reason: "it is a standard stream",
-        });
+        return Err(SpawnError::Number { number, reason: "it is a standard stream" });
     }
     // SAFETY: the borrow ends with this function, and only asks for flags before it is known to be open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-    let flags = rustix::io::fcntl_getfd(borrowed).map_err(|_| SpawnError::Number {
-        number,
-        reason: "it is not open",
-    })?;
+    let flags = rustix::io::fcntl_getfd(borrowed)
+        .map_err(|_| SpawnError::Number { number, reason: "it is not open" })?;
     if flags.contains(FdFlags::CLOEXEC) {
-        return Err(SpawnError::Number {
-            number,
-            reason: "it was opened or adopted by this process",
-        });
+        return Err(SpawnError::Number { number, reason: "it was opened or adopted by this process" });
     }
     rustix::io::fcntl_setfd(borrowed, flags | FdFlags::CLOEXEC)
         .map_err(|error| SpawnError::host("make a descriptor close-on-exec", error))?;
@@ -192,21 +174,14 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, SpawnError> {
 /// [`SpawnError::NoParent`] where the parent has ended before this call (then the signal will not
 /// come: exit), or this process was started by somebody else.
 pub fn die_with_parent() -> Result<(), SpawnError> {
-    let parent = env::var(PARENT_VARIABLE)
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .and_then(Pid::from_raw);
+    let parent = env::var(PARENT_VARIABLE).ok().and_then(|text| text.parse().ok()).and_then(Pid::from_raw);
     let Some(parent) = parent else {
         return Err(SpawnError::NoParent);
     };
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|error| SpawnError::host("ask for a signal at the parent's death", error))?;
     // Asked for first, looked second: a death in between is seen by one of the two.
-    if rustix::process::getppid() == Some(parent) {
-        Ok(())
-    } else {
-        Err(SpawnError::NoParent)
-    }
+    if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(SpawnError::NoParent) }
 }
 
 impl Child {
@@ -241,10 +216,8 @@ impl Child {
     pub fn try_wait(&self) -> Result<Option<Ending>, SpawnError> {
         let mut ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
         if ending.is_none() {
-            *ending = wait_id(
-                WaitId::PidFd(self.pidfd.as_fd()),
-                WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-            )?;
+            *ending =
+                wait_id(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)?;
         }
         Ok(*ending)
     }
@@ -303,20 +276,13 @@ fn wait_id(id: WaitId<'_>, options: WaitIdOptions) -> Result<Option<Ending>, Spa
 }
 
 fn c_strings<'a>(texts: impl Iterator<Item = &'a OsStr>) -> Result<Vec<CString>, SpawnError> {
-    texts
-        .map(|text| CString::new(text.as_bytes()).map_err(|source| SpawnError::Nul { source }))
-        .collect()
+    texts.map(|text| CString::new(text.as_bytes()).map_err(|source| SpawnError::Nul { source })).collect()
 }
 
 /// This process's environment, with `variables` and the parent's id in place of what had their names.
 fn environment(variables: &[(&str, &OsStr)]) -> Result<Vec<CString>, SpawnError> {
     let own = OsString::from(std::process::id().to_string());
-    let added = || {
-        variables
-            .iter()
-            .copied()
-            .chain([(PARENT_VARIABLE, own.as_os_str())])
-    };
+    let added = || variables.iter().copied().chain([(PARENT_VARIABLE, own.as_os_str())]);
     let kept = env::vars_os().filter(|(name, _)| added().all(|(other, _)| name != other));
     let all = kept.chain(added().map(|(name, value)| (name.into(), value.to_owned())));
     let texts: Vec<OsString> = all
@@ -326,31 +292,18 @@ fn environment(variables: &[(&str, &OsStr)]) -> Result<Vec<CString>, SpawnError>
 }
 
 /// Duplicates above every number asked for, so that putting one in its place overwrites no other.
-fn out_of_the_way(
-    descriptors: &[(BorrowedFd<'_>, RawFd)],
-) -> Result<Vec<(OwnedFd, RawFd)>, SpawnError> {
+fn out_of_the_way(descriptors: &[(BorrowedFd<'_>, RawFd)]) -> Result<Vec<(OwnedFd, RawFd)>, SpawnError> {
     let mut numbers: Vec<RawFd> = descriptors.iter().map(|(_, number)| *number).collect();
     numbers.sort_unstable();
     for pair in numbers.windows(2) {
         if pair[0] == pair[1] {
-            return Err(SpawnError::Number {
-                number: pair[0],
-                reason: "two are to have this number",
-            });
+            return Err(SpawnError::Number { number: pair[0], reason: "two are to have this number" });
         }
     }
-    if let Some(&number) = numbers
-        .first()
-        .filter(|number| **number < FIRST_HANDED_OVER)
-    {
-        return Err(SpawnError::Number {
-            number,
-            reason: "it is a standard stream",
-        });
+    if let Some(&number) = numbers.first().filter(|number| **number < FIRST_HANDED_OVER) {
+        return Err(SpawnError::Number { number, reason: "it is a standard stream" });
     }
-    let above = numbers
-        .last()
-        .map_or(FIRST_HANDED_OVER, |last| last.saturating_add(1));
+    let above = numbers.last().map_or(FIRST_HANDED_OVER, |last| last.saturating_add(1));
     let moved = descriptors.iter().map(|(descriptor, number)| {
         let duplicate = rustix::io::fcntl_dupfd_cloexec(descriptor, above)
             .map_err(|error| SpawnError::host("duplicate a descriptor for a child", error))?;
@@ -379,12 +332,8 @@ impl Settings {
         })?;
         // SAFETY: both were initialised. glibc and musl allow them to be moved: they hold no pointer
         // to themselves.
-        let mut settings = unsafe {
-            Self {
-                actions: actions.assume_init(),
-                attributes: attributes.assume_init(),
-            }
-        };
+        let mut settings =
+            unsafe { Self { actions: actions.assume_init(), attributes: attributes.assume_init() } };
         settings.reset_signals()?;
         Ok(settings)
     }
@@ -413,21 +362,13 @@ impl Settings {
     fn hand_over(&mut self, descriptor: BorrowedFd<'_>, number: RawFd) -> Result<(), SpawnError> {
         // SAFETY: the actions are valid; the numbers are only numbers until the child runs them.
         check("prepare a child's descriptors", unsafe {
-            libc::posix_spawn_file_actions_adddup2(
-                &raw mut self.actions,
-                descriptor.as_raw_fd(),
-                number,
-            )
+            libc::posix_spawn_file_actions_adddup2(&raw mut self.actions, descriptor.as_raw_fd(), number)
         })
     }
 
     fn spawn(&self, arguments: &[CString], environment: &[CString]) -> Result<Pid, SpawnError> {
         let pointers = |texts: &[CString]| -> Vec<*mut libc::c_char> {
-            texts
-                .iter()
-                .map(|text| text.as_ptr().cast_mut())
-                .chain([null_mut()])
-                .collect()
+            texts.iter().map(|text| text.as_ptr().cast_mut()).chain([null_mut()]).collect()
         };
         let (arguments, environment) = (pointers(arguments), pointers(environment));
         let mut pid = 0;
@@ -460,14 +401,7 @@ impl Drop for Settings {
 
 /// The functions of `posix_spawn` return the error instead of setting `errno`.
 fn check(action: &'static str, result: libc::c_int) -> Result<(), SpawnError> {
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(SpawnError::host(
-            action,
-            io::Error::from_raw_os_error(result),
-        ))
-    }
+    if result == 0 { Ok(()) } else { Err(SpawnError::host(action, io::Error::from_raw_os_error(result))) }
 }
 
 #[cfg(test)]

@@ -63,23 +63,15 @@ impl Bench {
             calls: Mutex::new(calls),
             ends: Mutex::new(ends),
         };
-        (
-            Arc::new(bench),
-            Ears {
-                calls: heard_calls,
-                ends: heard_ends,
-            },
-        )
+        (Arc::new(bench), Ears { calls: heard_calls, ends: heard_ends })
     }
 
     /// A machine in the same state, over other memory.
     pub(super) fn fork(&self, ram: &Arc<Ram>) -> (Arc<Self>, Ears) {
         let (clone, ears) = Self::new(ram);
-        for (to, from) in [
-            (&clone.reads, &self.reads),
-            (&clone.writes, &self.writes),
-            (&clone.mmio, &self.mmio),
-        ] {
+        for (to, from) in
+            [(&clone.reads, &self.reads), (&clone.writes, &self.writes), (&clone.mmio, &self.mmio)]
+        {
             for (to, from) in to.iter().zip(from) {
                 to.store(from.load(Ordering::SeqCst), Ordering::SeqCst);
             }
@@ -88,10 +80,7 @@ impl Bench {
     }
 
     fn note(&self, kind: &'static str, at: u64, data: &[u8]) {
-        let value = data
-            .iter()
-            .rev()
-            .fold(0, |value, byte| value << 8 | u64::from(*byte));
+        let value = data.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
         self.log.lock().expect("no panic").push((kind, at, value));
     }
 
@@ -102,21 +91,14 @@ impl Bench {
             registers.rdi = value;
             return Some(CallOutcome::Return);
         }
-        assert_eq!(
-            stop.wait(None, Some(PATIENCE)),
-            Woken::Stop,
-            "nobody stopped the call"
-        );
+        assert_eq!(stop.wait(None, Some(PATIENCE)), Woken::Stop, "nobody stopped the call");
         None
     }
 }
 
 impl Machine for Bench {
     fn pio_read(&self, vcpu: usize, port: u16, data: &mut [u8]) {
-        assert!(
-            data.iter().all(|byte| *byte == 0xff),
-            "an unanswered read is all ones"
-        );
+        assert!(data.iter().all(|byte| *byte == 0xff), "an unanswered read is all ones");
         if port == 0x20 {
             let count = self.reads[vcpu].fetch_add(1, Ordering::SeqCst) + 1;
             data.copy_from_slice(&count.to_le_bytes()[..data.len()]);
@@ -149,18 +131,8 @@ impl Machine for Bench {
         Flow::Continue
     }
 
-    fn call(
-        &self,
-        _: usize,
-        number: u32,
-        registers: &mut CallRegisters,
-        stop: &StopSignal,
-    ) -> CallOutcome {
-        self.calls
-            .lock()
-            .expect("no panic")
-            .send(number)
-            .expect("the test listens");
+    fn call(&self, _: usize, number: u32, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
+        self.calls.lock().expect("no panic").send(number).expect("the test listens");
         let interrupted = match number {
             call::FORK => CallOutcome::InterruptedWith(call::AGAIN),
             _ => CallOutcome::Interrupted,
@@ -176,16 +148,11 @@ impl Machine for Bench {
         stop: &StopSignal,
     ) -> CallOutcome {
         assert_eq!(number, call::FORK, "only forks stay open");
-        self.answer(registers, stop)
-            .unwrap_or(CallOutcome::InterruptedWith(call::AGAIN))
+        self.answer(registers, stop).unwrap_or(CallOutcome::InterruptedWith(call::AGAIN))
     }
 
     fn ended(&self, vcpu: usize, end: End) {
-        self.ends
-            .lock()
-            .expect("no panic")
-            .send((vcpu, end))
-            .expect("the test listens");
+        self.ends.lock().expect("no panic").send((vcpu, end)).expect("the test listens");
     }
 
     fn read_memory(&self, gpa: Gpa, bytes: &mut [u8]) -> bool {
@@ -221,13 +188,7 @@ impl Setup {
             VcpuThread::spawn(vcpu, machine).expect("a thread")
         };
         let threads = vcpus.into_iter().map(spawn).collect();
-        Self {
-            threads,
-            vm,
-            bench,
-            ears,
-            ram,
-        }
+        Self { threads, vm, bench, ears, ram }
     }
 
     pub(super) fn user(kvm: &Kvm, program: &[u8]) -> Self {
@@ -260,21 +221,16 @@ impl Setup {
     /// A second VM with a copy of the memory and the saved states, by way of their bytes.
     pub(super) fn fork(&self, kvm: &Kvm) -> Self {
         let bytes = |state: &VcpuState| postcard::to_stdvec(state).expect("plain data");
-        let saved: Vec<_> = self
-            .threads
-            .iter()
-            .map(|thread| bytes(&thread.save().expect("stopped")))
-            .collect();
+        let saved: Vec<_> =
+            self.threads.iter().map(|thread| bytes(&thread.save().expect("stopped"))).collect();
         let vm_state = postcard::to_stdvec(&self.vm.save().expect("stopped")).expect("plain data");
         let ram = Arc::new(self.ram.copy());
         let (bench, ears) = self.bench.fork(&ram);
         let count = u8::try_from(saved.len()).expect("two at most");
         let (vm, vcpus) = ram.vm(kvm, count, self.vm.irqchip());
-        vm.set(&postcard::from_bytes(&vm_state).expect("its own bytes"))
-            .expect("set");
+        vm.set(&postcard::from_bytes(&vm_state).expect("its own bytes")).expect("set");
         for (vcpu, saved) in vcpus.iter().zip(&saved) {
-            vcpu.set(&postcard::from_bytes(saved).expect("its own bytes"))
-                .expect("set");
+            vcpu.set(&postcard::from_bytes(saved).expect("its own bytes")).expect("set");
         }
         Self::assemble(vm, vcpus, bench, ears, ram)
     }
@@ -285,21 +241,12 @@ impl Setup {
             let vcpu = thread.index();
             let kvm_regs { rbx, r9, .. } = thread.save().expect("stopped").regs;
             let memory = self.ram.load(counter(vcpu));
-            assert!(
-                memory == rbx || memory + 1 == rbx,
-                "vcpu {vcpu}: rbx {rbx}, memory {memory}"
-            );
+            assert!(memory == rbx || memory + 1 == rbx, "vcpu {vcpu}: rbx {rbx}, memory {memory}");
             let reads = self.bench.reads[vcpu].load(Ordering::SeqCst);
             let writes = self.bench.writes[vcpu].load(Ordering::SeqCst);
             assert_eq!(reads, r9, "vcpu {vcpu}: a port read was lost or done twice");
-            assert!(
-                writes == r9 || writes + 1 == r9,
-                "vcpu {vcpu}: {writes} of {r9} writes"
-            );
-            assert!(
-                rbx / 4096 == r9 || rbx / 4096 == r9 + 1,
-                "vcpu {vcpu}: {rbx} rounds, {r9}"
-            );
+            assert!(writes == r9 || writes + 1 == r9, "vcpu {vcpu}: {writes} of {r9} writes");
+            assert!(rbx / 4096 == r9 || rbx / 4096 == r9 + 1, "vcpu {vcpu}: {rbx} rounds, {r9}");
             rbx
         };
         self.threads.iter().map(check).collect()
@@ -320,10 +267,7 @@ impl Setup {
         for _ in &self.threads {
             let status = self.exit();
             let counted = |reads: &AtomicU64| reads.load(Ordering::SeqCst) == u64::from(status);
-            assert!(
-                self.bench.reads.iter().any(counted),
-                "exit with {status:#x}"
-            );
+            assert!(self.bench.reads.iter().any(counted), "exit with {status:#x}");
         }
         self.stop();
         for thread in &self.threads {

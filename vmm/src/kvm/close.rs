@@ -74,8 +74,5 @@ pub fn close(
             }
         })
         .map(Closing)
-        .map_err(|source| KvmError::Ioctl {
-            name: "starting a closing thread",
-            source,
-        })
+        .map_err(|source| KvmError::Ioctl { name: "starting a closing thread", source })
 }

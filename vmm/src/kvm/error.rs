@@ -106,17 +106,11 @@ pub enum KvmError {
 impl KvmError {
     /// The error of an ioctl of kvm-ioctls, for `map_err`.
     pub(super) fn ioctl(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |errno| Self::Ioctl {
-            name,
-            source: std::io::Error::from_raw_os_error(errno.errno()),
-        }
+        move |errno| Self::Ioctl { name, source: std::io::Error::from_raw_os_error(errno.errno()) }
     }
 
     /// The error of a system call whose answer is in `errno`.
     pub(super) fn last_os(name: &'static str) -> Self {
-        Self::Ioctl {
-            name,
-            source: std::io::Error::last_os_error(),
-        }
+        Self::Ioctl { name, source: std::io::Error::last_os_error() }
     }
 }

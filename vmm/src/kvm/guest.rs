@@ -61,12 +61,9 @@ impl Ram {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at an address that the kernel chooses.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), RAM_BYTES, protection, flags, -1, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), RAM_BYTES, protection, flags, -1, 0) };
         assert_ne!(start, libc::MAP_FAILED, "2 MiB of memory");
-        let ram = Self {
-            start: NonNull::new(start.cast()).expect("not at 0"),
-        };
+        let ram = Self { start: NonNull::new(start.cast()).expect("not at 0") };
         let user = 0x67; // present, writable, user, accessed, dirty
         ram.store(Gpa(PML4), PDPT | user);
         ram.store(Gpa(PDPT), DIRECTORY | user);
@@ -92,21 +89,14 @@ impl Ram {
     }
 
     fn at(&self, gpa: Gpa, len_bytes: usize) -> *mut u8 {
-        assert!(
-            index(gpa.0) + len_bytes <= RAM_BYTES,
-            "{gpa} is outside the test's memory"
-        );
+        assert!(index(gpa.0) + len_bytes <= RAM_BYTES, "{gpa} is outside the test's memory");
         // SAFETY: inside the mapping, as just checked.
         unsafe { self.start.add(index(gpa.0)) }.as_ptr()
     }
 
     fn write(&self, gpa: Gpa, bytes: &[u8]) {
         // SAFETY: `at` checked the range; no guest runs yet.
-        unsafe {
-            bytes
-                .as_ptr()
-                .copy_to_nonoverlapping(self.at(gpa, bytes.len()), bytes.len())
-        };
+        unsafe { bytes.as_ptr().copy_to_nonoverlapping(self.at(gpa, bytes.len()), bytes.len()) };
     }
 
     pub(super) fn read(&self, gpa: Gpa, bytes: &mut [u8]) {
@@ -134,20 +124,8 @@ impl Ram {
     pub(super) fn vm(&self, kvm: &Kvm, vcpus: u8, irqchip: Irqchip) -> (Vm, Vec<Vcpu>) {
         // SAFETY: the tests drop their VMs before the memory.
         let host = unsafe { HostAddress::new(self.start.as_ptr()) };
-        let regions = vec![Region {
-            gpa: Gpa(0),
-            len_bytes: RAM_BYTES,
-            host,
-        }];
-        Vm::new(
-            kvm,
-            &VmConfig {
-                vcpus,
-                irqchip,
-                regions,
-            },
-        )
-        .expect("a VM")
+        let regions = vec![Region { gpa: Gpa(0), len_bytes: RAM_BYTES, host }];
+        Vm::new(kvm, &VmConfig { vcpus, irqchip, regions }).expect("a VM")
     }
 }
 
@@ -175,34 +153,14 @@ pub(super) fn start(vcpu: &Vcpu, ring: Ring) {
         ..Default::default()
     };
     let selector = if ring == Ring::User { 0x2b } else { 0x10 };
-    let data = kvm_segment {
-        selector,
-        type_: 3,
-        db: 1,
-        l: 0,
-        ..code
-    };
+    let data = kvm_segment { selector, type_: 3, db: 1, l: 0, ..code };
     sregs.cs = code;
     [sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss] = [data; 5];
-    sregs.tr = kvm_segment {
-        base: TSS,
-        limit: 0xfff,
-        selector: 0x40,
-        type_: 11,
-        present: 1,
-        ..Default::default()
-    };
-    sregs.gdt = kvm_dtable {
-        base: GDT,
-        limit: 0x17,
-        ..Default::default()
-    };
+    sregs.tr =
+        kvm_segment { base: TSS, limit: 0xfff, selector: 0x40, type_: 11, present: 1, ..Default::default() };
+    sregs.gdt = kvm_dtable { base: GDT, limit: 0x17, ..Default::default() };
     let idt_limit = if ring == Ring::User { 0 } else { 0xfff };
-    sregs.idt = kvm_dtable {
-        base: IDT,
-        limit: idt_limit,
-        ..Default::default()
-    };
+    sregs.idt = kvm_dtable { base: IDT, limit: idt_limit, ..Default::default() };
     sregs.cr3 = PML4;
     sregs.cr4 = 0x20; // PAE
     sregs.cr0 = 0x8005_0033; // PG, AM, WP, NE, ET, MP, PE
@@ -219,10 +177,8 @@ pub(super) fn start(vcpu: &Vcpu, ring: Ring) {
         ..Default::default()
     };
     fd.set_regs(&regs).expect("regs");
-    fd.set_mp_state(kvm_bindings::kvm_mp_state {
-        mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE,
-    })
-    .expect("mp_state");
+    fd.set_mp_state(kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE })
+        .expect("mp_state");
 }
 
 /// One exit of each kind: ports 0x10 in three widths, MMIO at `rdi`, exit with the MMIO value read.

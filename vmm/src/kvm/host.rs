@@ -27,11 +27,7 @@ const API_VERSION: i32 = 12;
 /// What salp cannot do without: capability, name, purpose.
 const REQUIRED: [(Cap, &str, &str); 14] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "for guest memory"),
-    (
-        Cap::ImmediateExit,
-        "KVM_CAP_IMMEDIATE_EXIT",
-        "to stop vcpus",
-    ),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "to stop vcpus"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "to set CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE", "to save vcpus"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "to save vcpus"),
@@ -39,18 +35,10 @@ const REQUIRED: [(Cap, &str, &str); 14] = [
     (Cap::Xsave, "KVM_CAP_XSAVE", "to save vcpus"),
     (Cap::Xcrs, "KVM_CAP_XCRS", "to save vcpus"),
     (Cap::GetTscKhz, "KVM_CAP_GET_TSC_KHZ", "to save vcpus"),
-    (
-        Cap::AdjustClock,
-        "KVM_CAP_ADJUST_CLOCK",
-        "to save the clock",
-    ),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "to save the clock"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP", "for interrupts"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP", "for cheap VMs"),
-    (
-        Cap::SignalMsi,
-        "KVM_CAP_SIGNAL_MSI",
-        "for device interrupts",
-    ),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI", "for device interrupts"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "for Intel hosts"),
 ];
 
@@ -155,12 +143,7 @@ impl Kvm {
         let cpuid = fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self {
-            fd,
-            description: HostDescription::read(),
-            cpuid,
-            layout: OnceLock::new(),
-        })
+        Ok(Self { fd, description: HostDescription::read(), cpuid, layout: OnceLock::new() })
     }
 
     /// The host, for reports.
@@ -209,32 +192,17 @@ mod tests {
         let with = |module: &'static str| move |m: &str| m == module;
         assert_eq!(HostKind::detect(with("kvm_intel"), ""), HostKind::Vmx);
         assert_eq!(HostKind::detect(with("kvm_amd"), ""), HostKind::Svm);
-        assert_eq!(
-            HostKind::detect(with("kvm_pvm"), "fpu vmx"),
-            HostKind::Software
-        );
+        assert_eq!(HostKind::detect(with("kvm_pvm"), "fpu vmx"), HostKind::Software);
         assert_eq!(HostKind::detect(with(""), "fpu svm sse"), HostKind::Svm);
-        assert_eq!(
-            HostKind::detect(with(""), "fpu svm_lock"),
-            HostKind::Software
-        );
+        assert_eq!(HostKind::detect(with(""), "fpu svm_lock"), HostKind::Software);
     }
 
     #[test]
     fn open_errors_are_told_apart() {
         let error = |kind| open_error(std::io::Error::from(kind));
-        assert!(matches!(
-            error(ErrorKind::NotFound),
-            KvmError::DeviceMissing { .. }
-        ));
-        assert!(matches!(
-            error(ErrorKind::PermissionDenied),
-            KvmError::NoPermission { .. }
-        ));
-        assert!(matches!(
-            error(ErrorKind::Interrupted),
-            KvmError::Open { .. }
-        ));
+        assert!(matches!(error(ErrorKind::NotFound), KvmError::DeviceMissing { .. }));
+        assert!(matches!(error(ErrorKind::PermissionDenied), KvmError::NoPermission { .. }));
+        assert!(matches!(error(ErrorKind::Interrupted), KvmError::Open { .. }));
     }
 
     #[test]

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "sends a signal and writes to a mapping shared with the kernel"
-)]
+#![expect(unsafe_code, reason = "sends a signal and writes to a mapping shared with the kernel")]
 //! How a thread is made to leave `KVM_RUN`, or a call in which it waits.
 //!
 //! Key types: [`StopSignal`], which everything that waits on a vCPU's thread heeds;
@@ -55,14 +52,9 @@ impl StopSignal {
     /// No descriptor could be made.
     pub fn new() -> Result<Self, KvmError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let event = eventfd(0, flags).map_err(|errno| KvmError::Ioctl {
-            name: "eventfd",
-            source: errno.into(),
-        })?;
-        Ok(Self {
-            raised: AtomicBool::new(false),
-            event,
-        })
+        let event =
+            eventfd(0, flags).map_err(|errno| KvmError::Ioctl { name: "eventfd", source: errno.into() })?;
+        Ok(Self { raised: AtomicBool::new(false), event })
     }
 
     /// Whether the vCPU is to stop.
@@ -84,11 +76,7 @@ impl StopSignal {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let left = left.map(|left| Timespec::try_from(left).expect("less than the timeout"));
             let mut fds = vec![PollFd::new(&self.event, PollFlags::IN)];
-            fds.extend(
-                other
-                    .as_ref()
-                    .map(|other| PollFd::new(other, PollFlags::IN)),
-            );
+            fds.extend(other.as_ref().map(|other| PollFd::new(other, PollFlags::IN)));
             match poll(&mut fds, left.as_ref()) {
                 Ok(0) => return Woken::Timeout,
                 Ok(_) if fds[0].revents().is_empty() => return Woken::Ready,

@@ -28,13 +28,8 @@ pub trait Machine: Send + Sync {
     /// The guest makes a call (a 32-bit write to [`CALL`](salp_protocol::port::CALL)). The call may
     /// block; then it must wait for `stop` too and, when that is raised, return
     /// [`CallOutcome::Interrupted`] or [`CallOutcome::InterruptedWith`] soon.
-    fn call(
-        &self,
-        vcpu: usize,
-        number: u32,
-        registers: &mut CallRegisters,
-        stop: &StopSignal,
-    ) -> CallOutcome;
+    fn call(&self, vcpu: usize, number: u32, registers: &mut CallRegisters, stop: &StopSignal)
+    -> CallOutcome;
 
     /// Goes on with a call that was left open by [`CallOutcome::InterruptedWith`], after the vCPU
     /// was resumed. `registers` are those of the call.
@@ -85,13 +80,7 @@ pub struct CallRegisters {
 
 impl CallRegisters {
     pub(super) const fn of(regs: &kvm_regs) -> Self {
-        Self {
-            rax: regs.rax,
-            rdi: regs.rdi,
-            rsi: regs.rsi,
-            rdx: regs.rdx,
-            r8: regs.r8,
-        }
+        Self { rax: regs.rax, rdi: regs.rdi, rsi: regs.rsi, rdx: regs.rdx, r8: regs.r8 }
     }
 
     pub(super) const fn store_into(&self, regs: &mut kvm_regs) {
@@ -164,11 +153,7 @@ impl fmt::Display for End {
         match self {
             Self::Exit(status) => write!(f, "exit with status {status}"),
             Self::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
-            Self::EmulationError {
-                suberror,
-                data,
-                dump,
-            } => {
+            Self::EmulationError { suberror, data, dump } => {
                 write!(f, "kvm internal error {suberror}, data {data:#x?}\n{dump}")
             }
             Self::HaltedForGood(dump) => write!(f, "halted with nothing to wake it\n{dump}"),
@@ -199,48 +184,16 @@ pub struct Dump {
 impl fmt::Display for Dump {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(r) = &self.regs {
-            writeln!(
-                f,
-                "  rip {:016x} rflags {:08x} rsp {:016x}",
-                r.rip, r.rflags, r.rsp
-            )?;
-            writeln!(
-                f,
-                "  rax {:016x} rbx {:016x} rcx {:016x}",
-                r.rax, r.rbx, r.rcx
-            )?;
-            writeln!(
-                f,
-                "  rdx {:016x} rsi {:016x} rdi {:016x}",
-                r.rdx, r.rsi, r.rdi
-            )?;
-            writeln!(
-                f,
-                "  rbp {:016x} r8  {:016x} r9  {:016x}",
-                r.rbp, r.r8, r.r9
-            )?;
-            writeln!(
-                f,
-                "  r10 {:016x} r11 {:016x} r12 {:016x}",
-                r.r10, r.r11, r.r12
-            )?;
-            writeln!(
-                f,
-                "  r13 {:016x} r14 {:016x} r15 {:016x}",
-                r.r13, r.r14, r.r15
-            )?;
+            writeln!(f, "  rip {:016x} rflags {:08x} rsp {:016x}", r.rip, r.rflags, r.rsp)?;
+            writeln!(f, "  rax {:016x} rbx {:016x} rcx {:016x}", r.rax, r.rbx, r.rcx)?;
+            writeln!(f, "  rdx {:016x} rsi {:016x} rdi {:016x}", r.rdx, r.rsi, r.rdi)?;
+            writeln!(f, "  rbp {:016x} r8  {:016x} r9  {:016x}", r.rbp, r.r8, r.r9)?;
+            writeln!(f, "  r10 {:016x} r11 {:016x} r12 {:016x}", r.r10, r.r11, r.r12)?;
+            writeln!(f, "  r13 {:016x} r14 {:016x} r15 {:016x}", r.r13, r.r14, r.r15)?;
         }
         if let Some(s) = &self.sregs {
-            writeln!(
-                f,
-                "  cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x}",
-                s.cr0, s.cr2, s.cr3, s.cr4
-            )?;
-            writeln!(
-                f,
-                "  efer {:x} cs {:x} ss {:x}",
-                s.efer, s.cs.selector, s.ss.selector
-            )?;
+            writeln!(f, "  cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x}", s.cr0, s.cr2, s.cr3, s.cr4)?;
+            writeln!(f, "  efer {:x} cs {:x} ss {:x}", s.efer, s.cs.selector, s.ss.selector)?;
         }
         write!(f, "  at rip: {:02x?}", self.instruction)
     }

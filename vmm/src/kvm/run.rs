@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "reads the union in kvm_run that describes an internal error"
-)]
+#![expect(unsafe_code, reason = "reads the union in kvm_run that describes an internal error")]
 //! The exit loop: enters `KVM_RUN`, hands exits to the [`Machine`], leaves when a stop is raised or
 //! the guest's run ends.
 //!
@@ -128,11 +125,7 @@ enum Cause {
 
 impl Running {
     pub(super) const fn new(vcpu: Vcpu) -> Self {
-        Self {
-            vcpu,
-            open_call: None,
-            due: Due::Nothing,
-        }
+        Self { vcpu, open_call: None, due: Due::Nothing }
     }
 
     /// The vCPU has got another state: what was left of its last exit is of no account.
@@ -268,11 +261,7 @@ impl Running {
             CallOutcome::Return => registers.store_into(&mut regs),
             CallOutcome::Interrupted => regs.rax = call::AGAIN,
             CallOutcome::InterruptedWith(shown_rax) => {
-                self.open_call = Some(OpenCall {
-                    number,
-                    registers: before,
-                    shown_rax,
-                });
+                self.open_call = Some(OpenCall { number, registers: before, shown_rax });
                 return Ok(());
             }
         }
@@ -306,11 +295,7 @@ impl Running {
     /// Describes the vCPU as far as it lets itself be described.
     fn dump(&self, machine: &dyn Machine) -> Dump {
         let fd = &self.vcpu.fd;
-        let mut dump = Dump {
-            regs: fd.get_regs().ok(),
-            sregs: fd.get_sregs().ok(),
-            instruction: Vec::new(),
-        };
+        let mut dump = Dump { regs: fd.get_regs().ok(), sregs: fd.get_sregs().ok(), instruction: Vec::new() };
         let at_rip = dump.regs.and_then(|regs| fd.translate_gva(regs.rip).ok());
         if let Some(at) = at_rip.filter(|at| at.valid != 0) {
             let mut bytes = [0; 15];

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "the xsave ioctls trust their caller with the buffer's size"
-)]
+#![expect(unsafe_code, reason = "the xsave ioctls trust their caller with the buffer's size")]
 //! Everything a vCPU is: saved from one, set into another, sent as bytes between.
 //!
 //! Key types: [`VcpuState`] (one vCPU's state, serialisable) and [`StateLayout`] (what this host's
@@ -33,8 +30,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_XSAVE2, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_CAP_XSAVE2, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -69,10 +66,7 @@ impl StateLayout {
         if let Some(layout) = kvm.layout_cell().get() {
             return Ok(Arc::clone(layout));
         }
-        let list = kvm
-            .fd()
-            .get_msr_index_list()
-            .map_err(KvmError::ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+        let list = kvm.fd().get_msr_index_list().map_err(KvmError::ioctl("KVM_GET_MSR_INDEX_LIST"))?;
         let mut msr_indices = Vec::new();
         for &index in list.as_slice() {
             // KVM_GET_MSRS returns how many it could read: 0 tells that this one is not readable.
@@ -86,14 +80,8 @@ impl StateLayout {
             _ => 0,
         });
         let area = vm.check_extension_raw(KVM_CAP_XSAVE2.into());
-        let xsave_bytes = usize::try_from(area)
-            .unwrap_or(0)
-            .max(XSAVE_BYTES)
-            .next_multiple_of(4);
-        let layout = Arc::new(Self {
-            msr_indices,
-            xsave_bytes,
-        });
+        let xsave_bytes = usize::try_from(area).unwrap_or(0).max(XSAVE_BYTES).next_multiple_of(4);
+        let layout = Arc::new(Self { msr_indices, xsave_bytes });
         Ok(Arc::clone(kvm.layout_cell().get_or_init(|| layout)))
     }
 
@@ -169,21 +157,17 @@ impl VcpuState {
     pub fn set(&self, fd: &VcpuFd, layout: &StateLayout) -> Result<(), KvmError> {
         let error = KvmError::ioctl;
         if self.tsc_khz != 0 && fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz) {
-            fd.set_tsc_khz(self.tsc_khz)
-                .map_err(error("KVM_SET_TSC_KHZ"))?;
+            fd.set_tsc_khz(self.tsc_khz).map_err(error("KVM_SET_TSC_KHZ"))?;
         }
-        fd.set_mp_state(self.mp_state)
-            .map_err(error("KVM_SET_MP_STATE"))?;
+        fd.set_mp_state(self.mp_state).map_err(error("KVM_SET_MP_STATE"))?;
         fd.set_sregs(&self.sregs).map_err(error("KVM_SET_SREGS"))?;
         fd.set_regs(&self.regs).map_err(error("KVM_SET_REGS"))?;
         fd.set_xcrs(&self.xcrs).map_err(error("KVM_SET_XCRS"))?;
         set_xsave(fd, &self.xsave, layout)?;
-        fd.set_debug_regs(&self.debug)
-            .map_err(error("KVM_SET_DEBUGREGS"))?;
+        fd.set_debug_regs(&self.debug).map_err(error("KVM_SET_DEBUGREGS"))?;
         fd.set_lapic(&self.lapic).map_err(error("KVM_SET_LAPIC"))?;
         set_msrs(fd, &self.msrs)?;
-        fd.set_vcpu_events(&self.events)
-            .map_err(error("KVM_SET_VCPU_EVENTS"))
+        fd.set_vcpu_events(&self.events).map_err(error("KVM_SET_VCPU_EVENTS"))
     }
 }
 
@@ -197,21 +181,12 @@ fn get_xsave(fd: &VcpuFd, layout: &StateLayout) -> Result<Vec<u8>, KvmError> {
     let mut area = xsave_buffer(layout);
     if layout.xsave_bytes == XSAVE_BYTES {
         let plain = fd.get_xsave().map_err(KvmError::ioctl("KVM_GET_XSAVE"))?;
-        return Ok(plain
-            .region
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect());
+        return Ok(plain.region.iter().flat_map(|word| word.to_le_bytes()).collect());
     }
     // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave for this host (a VM's answer only
     // grows when the process enables more features by `arch_prctl`, which salp never does).
     unsafe { fd.get_xsave2(&mut area) }.map_err(KvmError::ioctl("KVM_GET_XSAVE2"))?;
-    let words = area
-        .as_fam_struct_ref()
-        .xsave
-        .region
-        .iter()
-        .chain(area.as_slice());
+    let words = area.as_fam_struct_ref().xsave.region.iter().chain(area.as_slice());
     Ok(words.flat_map(|word| word.to_le_bytes()).collect())
 }
 
@@ -224,9 +199,8 @@ fn set_xsave(fd: &VcpuFd, bytes: &[u8], layout: &StateLayout) -> Result<(), KvmE
         });
     }
     let mut area = xsave_buffer(layout);
-    let mut words = bytes
-        .chunks_exact(4)
-        .map(|word| u32::from_le_bytes(word.try_into().expect("chunks of 4")));
+    let mut words =
+        bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("chunks of 4")));
     // SAFETY: only the words of the area are written, not its length.
     let head = unsafe { &mut area.as_mut_fam_struct().xsave.region };
     for (slot, word) in head.iter_mut().zip(&mut words) {
@@ -241,21 +215,11 @@ fn set_xsave(fd: &VcpuFd, bytes: &[u8], layout: &StateLayout) -> Result<(), KvmE
 
 /// Reads MSRs until the first that cannot be read; the result is that much shorter.
 fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
-    let entries: Vec<_> = indices
-        .iter()
-        .map(|&index| kvm_msr_entry {
-            index,
-            ..Default::default()
-        })
-        .collect();
+    let entries: Vec<_> =
+        indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
     let mut msrs = Msrs::from_entries(&entries).expect("batches are below KVM's limit");
-    let count = fd
-        .get_msrs(&mut msrs)
-        .map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
-    let msr = |entry: &kvm_msr_entry| Msr {
-        index: entry.index,
-        value: entry.data,
-    };
+    let count = fd.get_msrs(&mut msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+    let msr = |entry: &kvm_msr_entry| Msr { index: entry.index, value: entry.data };
     Ok(msrs.as_slice().iter().take(count).map(msr).collect())
 }
 
@@ -281,19 +245,13 @@ fn set_msrs(fd: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
     let entries: Vec<_> = msrs
         .iter()
         .filter(|msr| !MSR_WALL_CLOCK.contains(&msr.index))
-        .map(|msr| kvm_msr_entry {
-            index: msr.index,
-            data: msr.value,
-            ..Default::default()
-        })
+        .map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() })
         .collect();
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSR_BATCH)];
         let list = Msrs::from_entries(batch).expect("batches are below KVM's limit");
-        let count = fd
-            .set_msrs(&list)
-            .map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
+        let count = fd.set_msrs(&list).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
         rest = rest.get(count..).unwrap_or_default();
         if count < batch.len()
             && let Some((refused, others)) = rest.split_first()

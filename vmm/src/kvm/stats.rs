@@ -38,10 +38,7 @@ pub fn stats(of: &impl AsRawFd) -> Result<BTreeMap<String, u64>, KvmError> {
     }
     // SAFETY: the descriptor is new and owned by nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
-    read(&file).map_err(|source| KvmError::Ioctl {
-        name: "reading kvm statistics",
-        source,
-    })
+    read(&file).map_err(|source| KvmError::Ioctl { name: "reading kvm statistics", source })
 }
 
 /// The 4 bytes at `offset` as a number. The caller has checked the bounds.
@@ -63,9 +60,7 @@ fn read(file: &File) -> std::io::Result<BTreeMap<String, u64>> {
     let descriptors_at = at(std::mem::offset_of!(kvm_stats_header, desc_offset));
     let data_at = at(std::mem::offset_of!(kvm_stats_header, data_offset));
     if name_bytes > LIMIT || count > LIMIT {
-        return Err(std::io::Error::other(
-            "the statistics header makes no sense",
-        ));
+        return Err(std::io::Error::other("the statistics header makes no sense"));
     }
     let fixed_bytes = size_of::<kvm_stats_desc>();
     let mut descriptors = vec![0; (fixed_bytes + name_bytes) * count];

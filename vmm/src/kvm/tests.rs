@@ -92,10 +92,7 @@ fn a_saved_state_goes_on_in_another_vm() {
         clone.finish_count();
         source.stop();
         let later = source.check_count();
-        assert!(
-            later.iter().sum::<u64>() > at_cut.iter().sum(),
-            "the source went on"
-        );
+        assert!(later.iter().sum::<u64>() > at_cut.iter().sum(), "the source went on");
         source.resume();
         source.finish_count();
         let times = source.threads[0].times();
@@ -121,24 +118,14 @@ fn two_vcpus_stop_together() {
 fn the_full_irqchip_is_saved_with_the_vm() {
     let kvm = kvm_or_skip!();
     let setup = Setup::new(&kvm, guest::COUNT, 1, Irqchip::Full, Ring::User);
-    setup
-        .vm
-        .set_irq_line(5, Level::High)
-        .expect("the full irqchip has pins");
+    setup.vm.set_irq_line(5, Level::High).expect("the full irqchip has pins");
     let clone = setup.fork(&kvm);
     let state = |setup: &Setup| setup.vm.save().expect("stopped");
     let devices = |setup: &Setup| postcard::to_stdvec(&state(setup).devices).expect("plain data");
     let untouched = Setup::new(&kvm, guest::COUNT, 1, Irqchip::Full, Ring::User);
-    assert_ne!(
-        devices(&setup),
-        devices(&untouched),
-        "the pin is part of the state"
-    );
+    assert_ne!(devices(&setup), devices(&untouched), "the pin is part of the state");
     let split = Setup::user(&kvm, guest::COUNT);
-    assert!(matches!(
-        split.vm.set(&state(&setup)),
-        Err(KvmError::WrongIrqchip { .. })
-    ));
+    assert!(matches!(split.vm.set(&state(&setup)), Err(KvmError::WrongIrqchip { .. })));
     assert!(split.vm.set_irq_line(5, Level::High).is_err());
     assert!(state(&clone).clock_ns >= state(&untouched).clock_ns.min(1));
 }
@@ -175,11 +162,7 @@ fn an_interrupted_call_is_made_again() {
     setup.resume();
     assert_eq!(setup.exit(), 42);
     setup.stop();
-    assert_eq!(
-        setup.threads[0].save().expect("stopped").regs.r13,
-        2,
-        "interruptions"
-    );
+    assert_eq!(setup.threads[0].save().expect("stopped").regs.r13, 2, "interruptions");
 }
 
 #[test]
@@ -208,14 +191,8 @@ fn a_fork_call_returns_twice() {
     assert_eq!(setup.exit(), 7);
     setup.stop();
     assert_eq!(thread.open_call().expect("ended"), None);
-    assert!(matches!(
-        thread.show_result(1),
-        Err(KvmError::NoOpenCall { .. })
-    ));
-    assert!(
-        setup.ears.calls.try_recv().is_err(),
-        "the call was made once"
-    );
+    assert!(matches!(thread.show_result(1), Err(KvmError::NoOpenCall { .. })));
+    assert!(setup.ears.calls.try_recv().is_err(), "the call was made once");
 }
 
 #[test]
@@ -226,14 +203,10 @@ fn a_triple_fault_is_reported_with_its_instruction() {
     for _ in 0..2 {
         setup.resume();
         let end = setup.ears.end();
-        let End::TripleFault(dump) = &end else {
-            panic!("{end}")
-        };
+        let End::TripleFault(dump) = &end else { panic!("{end}") };
         assert_eq!(dump.regs.expect("readable").rip, start.regs.rip, "{end}");
         assert_eq!(dump.instruction[..2], [0x0f, 0x0b], "{end}");
-        setup.threads[0]
-            .wait_stopped(PATIENCE)
-            .expect("an end is a stop");
+        setup.threads[0].wait_stopped(PATIENCE).expect("an end is a stop");
         assert!(setup.threads[0].has_ended());
         // Resuming an ended vCPU does nothing; a state brings it back.
         setup.resume();
@@ -253,20 +226,13 @@ fn a_halted_vcpu_stops_and_an_msi_wakes_it() {
             if let Ok((_, end)) = setup.ears.ends.try_recv() {
                 panic!("{end}");
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "woken {} times",
-                setup.log().len()
-            );
+            assert!(start.elapsed() < PATIENCE, "woken {} times", setup.log().len());
             std::thread::yield_now();
         }
     };
     told(&setup, 1);
     for round in 1..=5 {
-        assert!(
-            setup.vm.raise_msi(Msi::fixed(0, VECTOR)).expect("an APIC"),
-            "taken"
-        );
+        assert!(setup.vm.raise_msi(Msi::fixed(0, VECTOR)).expect("an APIC"), "taken");
         told(&setup, 1 + round);
         assert_eq!(setup.ram.load(counter(0)), wide(round));
     }
@@ -284,10 +250,7 @@ fn a_halted_vcpu_stops_and_an_msi_wakes_it() {
     for setup in [&clone, &setup] {
         let before = setup.log().len();
         // Raised while stopped: pending, and seen after the resume.
-        assert!(
-            setup.vm.raise_msi(Msi::fixed(0, VECTOR)).expect("an APIC"),
-            "taken"
-        );
+        assert!(setup.vm.raise_msi(Msi::fixed(0, VECTOR)).expect("an APIC"), "taken");
         setup.resume();
         told(setup, before + 1);
         assert_eq!(setup.ram.load(counter(0)), 6);
@@ -318,14 +281,8 @@ fn a_state_survives_its_bytes_and_being_set() {
     let set = clone.threads[0].save().expect("parked");
     assert_eq!(set.xsave, state.xsave);
     assert_eq!(set.lapic.regs[0x80], 0x20);
-    assert_eq!(
-        (set.regs, set.sregs, set.xcrs),
-        (state.regs, state.sregs, state.xcrs)
-    );
-    assert_eq!(
-        (set.debug, set.events, set.mp_state),
-        (state.debug, state.events, state.mp_state)
-    );
+    assert_eq!((set.regs, set.sregs, set.xcrs), (state.regs, state.sregs, state.xcrs));
+    assert_eq!((set.debug, set.events, set.mp_state), (state.debug, state.events, state.mp_state));
     for (set, saved) in set.msrs.iter().zip(&state.msrs) {
         if set.index == 0x10 {
             assert!(set.value >= saved.value, "the TSC ran backward");
@@ -340,13 +297,7 @@ fn a_vm_closes_in_the_background() {
     let kvm = kvm_or_skip!();
     let setup = Setup::new(&kvm, guest::COUNT, 2, Irqchip::Full, Ring::User);
     setup.resume();
-    let Setup {
-        threads,
-        vm,
-        bench,
-        ram,
-        ..
-    } = setup;
+    let Setup { threads, vm, bench, ram, .. } = setup;
     let (vm, released) = (Arc::new(vm), Arc::new(AtomicU64::new(0)));
     let in_release = Arc::clone(&released);
     let held = Arc::clone(&vm);

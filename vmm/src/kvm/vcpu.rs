@@ -192,12 +192,7 @@ impl Drop for Leaving<'_> {
 /// The body of a vCPU's thread.
 fn thread(shared: &Shared, machine: &dyn Machine, vcpu: Vcpu) {
     let _leaving = Leaving(shared);
-    let context = Context {
-        machine,
-        stop: &shared.stop,
-        times: &shared.times,
-        exits: &shared.exits,
-    };
+    let context = Context { machine, stop: &shared.stop, times: &shared.times, exits: &shared.exits };
     let mut next = shared.park(Box::new(Running::new(vcpu)), false);
     while let Some(mut running) = next {
         let end = running.run(&context);
@@ -228,11 +223,7 @@ impl VcpuThread {
         let shared = Arc::new(Shared {
             index,
             // As if the thread were on its way to be parked: whoever waits for that, waits.
-            slot: Mutex::new(Slot {
-                order: Order::Stop,
-                phase: Phase::Running(0),
-                ended: false,
-            }),
+            slot: Mutex::new(Slot { order: Order::Stop, phase: Phase::Running(0), ended: false }),
             changed: Condvar::new(),
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
@@ -250,17 +241,10 @@ impl VcpuThread {
                     thread(&for_thread, machine.as_ref(), vcpu);
                 }
             })
-            .map_err(|source| KvmError::Ioctl {
-                name: "starting a vcpu thread",
-                source,
-            })?;
+            .map_err(|source| KvmError::Ioctl { name: "starting a vcpu thread", source })?;
         let gone = Err(KvmError::Gone { vcpu: index });
         prepared.recv().unwrap_or(gone)?;
-        let this = Self {
-            shared,
-            immediate_exit,
-            thread: Some(thread),
-        };
+        let this = Self { shared, immediate_exit, thread: Some(thread) };
         this.wait_parked(None)?;
         Ok(this)
     }
@@ -288,9 +272,7 @@ impl VcpuThread {
             // Under the lock, so that the thread is still there.
             Phase::Running(thread) => kick::kick(thread),
             // Also where a resume has not reached the thread yet.
-            Phase::Parked(_) => times
-                .stopped
-                .store(times.read().requested_ns, Ordering::Relaxed),
+            Phase::Parked(_) => times.stopped.store(times.read().requested_ns, Ordering::Relaxed),
             Phase::Gone => {}
         }
         self.shared.changed.notify_all();
@@ -382,9 +364,7 @@ impl VcpuThread {
     /// again.
     pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
         self.with_stopped(|slot| {
-            let Phase::Parked(running) = &mut slot.phase else {
-                unreachable!("a stopped vcpu is parked")
-            };
+            let Phase::Parked(running) = &mut slot.phase else { unreachable!("a stopped vcpu is parked") };
             running.vcpu.set(state)?;
             running.forget_exit();
             slot.ended = false;
@@ -410,10 +390,7 @@ impl VcpuThread {
     pub fn show_result(&self, rax: u64) -> Result<(), KvmError> {
         let vcpu = self.index();
         self.with_vcpu(|running| {
-            let open = running
-                .open_call
-                .as_mut()
-                .ok_or(KvmError::NoOpenCall { vcpu })?;
+            let open = running.open_call.as_mut().ok_or(KvmError::NoOpenCall { vcpu })?;
             open.shown_rax = rax;
             Ok(())
         })?

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "hands host memory to the kernel as guest memory"
-)]
+#![expect(unsafe_code, reason = "hands host memory to the kernel as guest memory")]
 //! One KVM VM: memory slots, interrupt controller, clock, vCPUs.
 //!
 //! Key types: [`Vm`], made by [`Vm::new`] from a [`VmConfig`]; [`Vcpu`], a vCPU not yet running;
@@ -15,9 +12,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
-    kvm_msi, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_msi, kvm_pit_config,
+    kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -94,10 +91,7 @@ impl Msi {
     /// A fixed, edge-triggered interrupt with `vector` for the vCPU `vcpu`.
     #[must_use]
     pub fn fixed(vcpu: u8, vector: u8) -> Self {
-        Self {
-            address: 0xfee0_0000 | u64::from(vcpu) << 12,
-            data: u32::from(vector),
-        }
+        Self { address: 0xfee0_0000 | u64::from(vcpu) << 12, data: u32::from(vector) }
     }
 }
 
@@ -173,12 +167,8 @@ impl Vm {
     /// # Errors
     /// The ioctl that failed; nothing is left behind.
     pub fn new(kvm: &Kvm, config: &VmConfig) -> Result<(Self, Vec<Vcpu>), KvmError> {
-        let fd = kvm
-            .fd()
-            .create_vm()
-            .map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
-        fd.set_tss_address(TSS_ADDRESS)
-            .map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
+        let fd = kvm.fd().create_vm().map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
         for (slot, region) in (0..).zip(&config.regions) {
             let slot = kvm_userspace_memory_region {
                 slot,
@@ -192,10 +182,7 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }
                 .map_err(KvmError::ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        let vm = Self {
-            fd,
-            irqchip: config.irqchip,
-        };
+        let vm = Self { fd, irqchip: config.irqchip };
         vm.create_irqchip()?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());
         for index in 0..config.vcpus {
@@ -207,43 +194,24 @@ impl Vm {
     fn create_irqchip(&self) -> Result<(), KvmError> {
         match self.irqchip {
             Irqchip::Split => {
-                let mut split = kvm_enable_cap {
-                    cap: KVM_CAP_SPLIT_IRQCHIP,
-                    ..Default::default()
-                };
+                let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
                 split.args[0] = SPLIT_PINS;
-                self.fd
-                    .enable_cap(&split)
-                    .map_err(KvmError::ioctl("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
+                self.fd.enable_cap(&split).map_err(KvmError::ioctl("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
             }
             Irqchip::Full => {
-                self.fd
-                    .create_irq_chip()
-                    .map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
-                let pit = kvm_pit_config {
-                    flags: KVM_PIT_SPEAKER_DUMMY,
-                    ..Default::default()
-                };
-                self.fd
-                    .create_pit2(pit)
-                    .map_err(KvmError::ioctl("KVM_CREATE_PIT2"))
+                self.fd.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
+                let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+                self.fd.create_pit2(pit).map_err(KvmError::ioctl("KVM_CREATE_PIT2"))
             }
         }
     }
 
     fn create_vcpu(&self, kvm: &Kvm, index: u8, vcpus: u8) -> Result<Vcpu, KvmError> {
-        let fd = self
-            .fd
-            .create_vcpu(index.into())
-            .map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
+        let fd = self.fd.create_vcpu(index.into()).map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(&cpuid_of(kvm.supported_cpuid(), index, vcpus))
             .map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         let layout = StateLayout::of(kvm, &self.fd, &fd)?;
-        Ok(Vcpu {
-            fd,
-            index: index.into(),
-            layout,
-        })
+        Ok(Vcpu { fd, index: index.into(), layout })
     }
 
     /// Which interrupt controller the VM has.
@@ -259,16 +227,8 @@ impl Vm {
     pub fn raise_msi(&self, msi: Msi) -> Result<bool, KvmError> {
         let [low, high] = [msi.address & u64::from(u32::MAX), msi.address >> 32]
             .map(|half| u32::try_from(half).expect("half of 64 bits"));
-        let msi = kvm_msi {
-            address_lo: low,
-            address_hi: high,
-            data: msi.data,
-            ..Default::default()
-        };
-        let taken = self
-            .fd
-            .signal_msi(msi)
-            .map_err(KvmError::ioctl("KVM_SIGNAL_MSI"))?;
+        let msi = kvm_msi { address_lo: low, address_hi: high, data: msi.data, ..Default::default() };
+        let taken = self.fd.signal_msi(msi).map_err(KvmError::ioctl("KVM_SIGNAL_MSI"))?;
         Ok(taken > 0)
     }
 
@@ -278,14 +238,9 @@ impl Vm {
     /// The VM has the split one, or `KVM_IRQ_LINE` failed.
     pub fn set_irq_line(&self, pin: u32, level: Level) -> Result<(), KvmError> {
         if self.irqchip != Irqchip::Full {
-            return Err(KvmError::WrongIrqchip {
-                operation: "set_irq_line",
-                needed: "full",
-            });
+            return Err(KvmError::WrongIrqchip { operation: "set_irq_line", needed: "full" });
         }
-        self.fd
-            .set_irq_line(pin, level == Level::High)
-            .map_err(KvmError::ioctl("KVM_IRQ_LINE"))
+        self.fd.set_irq_line(pin, level == Level::High).map_err(KvmError::ioctl("KVM_IRQ_LINE"))
     }
 
     /// Saves the clock and, with the full irqchip, its devices. All vCPUs are stopped.
@@ -293,41 +248,23 @@ impl Vm {
     /// # Errors
     /// The ioctl that failed.
     pub fn save(&self) -> Result<VmState, KvmError> {
-        let clock = self
-            .fd
-            .get_clock()
-            .map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        let clock = self.fd.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
         let devices = match self.irqchip {
             Irqchip::Split => None,
             Irqchip::Full => Some(self.save_devices()?),
         };
-        Ok(VmState {
-            clock_ns: clock.clock,
-            devices,
-        })
+        Ok(VmState { clock_ns: clock.clock, devices })
     }
 
     fn save_devices(&self) -> Result<FullIrqchipState, KvmError> {
         let chip = |chip_id| {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            self.fd
-                .get_irqchip(&mut chip)
-                .map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
             Ok::<_, KvmError>(chip)
         };
         Ok(FullIrqchipState {
-            chips: [
-                chip(KVM_IRQCHIP_PIC_MASTER)?,
-                chip(KVM_IRQCHIP_PIC_SLAVE)?,
-                chip(KVM_IRQCHIP_IOAPIC)?,
-            ],
-            pit: self
-                .fd
-                .get_pit2()
-                .map_err(KvmError::ioctl("KVM_GET_PIT2"))?,
+            chips: [chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?],
+            pit: self.fd.get_pit2().map_err(KvmError::ioctl("KVM_GET_PIT2"))?,
         })
     }
 
@@ -342,34 +279,19 @@ impl Vm {
             (None, Irqchip::Split) => {}
             (Some(devices), Irqchip::Full) => {
                 for chip in &devices.chips {
-                    self.fd
-                        .set_irqchip(chip)
-                        .map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
+                    self.fd.set_irqchip(chip).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
                 }
-                self.fd
-                    .set_pit2(&devices.pit)
-                    .map_err(KvmError::ioctl("KVM_SET_PIT2"))?;
+                self.fd.set_pit2(&devices.pit).map_err(KvmError::ioctl("KVM_SET_PIT2"))?;
             }
             (None, Irqchip::Full) => {
-                return Err(KvmError::WrongIrqchip {
-                    operation,
-                    needed: "split",
-                });
+                return Err(KvmError::WrongIrqchip { operation, needed: "split" });
             }
             (Some(_), Irqchip::Split) => {
-                return Err(KvmError::WrongIrqchip {
-                    operation,
-                    needed: "full",
-                });
+                return Err(KvmError::WrongIrqchip { operation, needed: "full" });
             }
         }
-        let clock = kvm_clock_data {
-            clock: state.clock_ns,
-            ..Default::default()
-        };
-        self.fd
-            .set_clock(&clock)
-            .map_err(KvmError::ioctl("KVM_SET_CLOCK"))
+        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
     }
 }
 

@@ -56,24 +56,14 @@ impl OpenCut {
 
     /// The copy of a page that was pinned at the cut.
     pub(super) fn copy_of(&self, gfn: Gfn) -> Option<&[u8; PAGE_BYTES]> {
-        self.copies
-            .gfns
-            .binary_search(&gfn)
-            .ok()
-            .map(|index| &self.copies.bytes[index])
+        self.copies.gfns.binary_search(&gfn).ok().map(|index| &self.copies.bytes[index])
     }
 
     /// The pages of a leaf that were pinned at the cut.
     pub(super) fn copies_in(&self, leaf: LeafNumber) -> PageSet {
         let mut pages = PageSet::EMPTY;
-        let from = self
-            .copies
-            .gfns
-            .partition_point(|gfn| *gfn < leaf.first_gfn());
-        for gfn in self.copies.gfns[from..]
-            .iter()
-            .take_while(|gfn| gfn.leaf() == leaf)
-        {
+        let from = self.copies.gfns.partition_point(|gfn| *gfn < leaf.first_gfn());
+        for gfn in self.copies.gfns[from..].iter().take_while(|gfn| gfn.leaf() == leaf) {
             pages.insert(gfn.in_leaf());
         }
         pages
@@ -85,8 +75,7 @@ impl OpenCut {
 
     /// Where a page that was lent or pinned at the cut is to be taken from.
     pub(super) fn source_of(&self, gfn: Gfn) -> PageSource<'_> {
-        self.copy_of(gfn)
-            .map_or(PageSource::Window, PageSource::Copy)
+        self.copy_of(gfn).map_or(PageSource::Window, PageSource::Copy)
     }
 
     /// Room for `count` frames in the cut's patch file; the number of the first.
@@ -139,12 +128,8 @@ impl<H: Host> Space<H> {
             self.reserving.store(1, Ordering::Release);
         }
         let pinned = self.pin_table().pinned_pages();
-        let mut reserved = ReservedCut {
-            space: self,
-            id,
-            copies: PinnedCopies::default(),
-            _cutting: cutting,
-        };
+        let mut reserved =
+            ReservedCut { space: self, id, copies: PinnedCopies::default(), _cutting: cutting };
         // Pins may come until the pause: some room more, touched now rather than then.
         let room = pinned + pinned / 4 + 64;
         reserved.copies.gfns.reserve(room);
@@ -158,15 +143,12 @@ impl<H: Host> Space<H> {
 
     /// Registers all anonymous leaves for store traps.
     fn register_anonymous(&self) -> Result<(), SpaceError> {
-        let unregistered = |leaf: LeafNumber| {
-            self.backing(leaf) == Backing::Anonymous && !self.is_registered(leaf)
-        };
+        let unregistered =
+            |leaf: LeafNumber| self.backing(leaf) == Backing::Anonymous && !self.is_registered(leaf);
         for (first, count) in self.runs(unregistered) {
             self.host.register(first, count, Traps::Stores)?;
             for leaf in (first.0..first.0 + count).map(LeafNumber) {
-                self.leaves[leaf.index()]
-                    .registered
-                    .store(1, Ordering::Release);
+                self.leaves[leaf.index()].registered.store(1, Ordering::Release);
             }
         }
         Ok(())
@@ -178,15 +160,12 @@ impl<H: Host> Space<H> {
         for cut in self.open_cuts() {
             for leaf in self.board.cut(cut.id()).pending() {
                 let _leaf = self.lock_leaf(leaf);
-                let is_pending = self
-                    .pending_cuts(leaf)
-                    .iter()
-                    .any(|pending| pending.id() == cut.id());
+                let is_pending = self.pending_cuts(leaf).iter().any(|pending| pending.id() == cut.id());
                 if is_pending && cut.recorded(leaf).is_none() {
                     let states = self.host.scan(leaf, 1)?;
-                    let lent = states.first().map_or(PageSet::EMPTY, |(_, states)| {
-                        states.anonymous.minus(&states.written)
-                    });
+                    let lent = states
+                        .first()
+                        .map_or(PageSet::EMPTY, |(_, states)| states.anonymous.minus(&states.written));
                     cut.recorded_sets().insert(leaf, lent);
                 }
             }
@@ -213,9 +192,7 @@ impl<H: Host> Space<H> {
     fn register_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
         if !self.is_registered(leaf) {
             self.host.register(leaf, 1, Traps::Stores)?;
-            self.leaves[leaf.index()]
-                .registered
-                .store(1, Ordering::Release);
+            self.leaves[leaf.index()].registered.store(1, Ordering::Release);
         }
         Ok(())
     }
@@ -230,14 +207,10 @@ impl<H: Host> Space<H> {
             // A store between the scan and the protection made one more page exclusive: it is
             // present, markers are not.
             let after = self.host.scan(leaf, 1)?;
-            let present = after
-                .first()
-                .map_or(PageSet::EMPTY, |(_, states)| states.present);
+            let present = after.first().map_or(PageSet::EMPTY, |(_, states)| states.present);
             if present.minus(&before).is_empty() {
                 self.block_sets().insert(leaf, before);
-                self.leaves[leaf.index()]
-                    .protected
-                    .store(1, Ordering::Release);
+                self.leaves[leaf.index()].protected.store(1, Ordering::Release);
                 return Ok(());
             }
             self.host.unprotect(leaf)?;
@@ -245,11 +218,7 @@ impl<H: Host> Space<H> {
     }
 
     fn anonymous_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
-        Ok(self
-            .host
-            .scan(leaf, 1)?
-            .first()
-            .map_or(PageSet::EMPTY, |(_, states)| states.anonymous))
+        Ok(self.host.scan(leaf, 1)?.first().map_or(PageSet::EMPTY, |(_, states)| states.anonymous))
     }
 
     /// Maximal runs of RAM leaves for which `is` holds.
@@ -312,11 +281,7 @@ impl<H: Host> ReservedCut<'_, H> {
             copies: std::mem::take(&mut self.copies),
             next_frame: AtomicU32::new(0),
         };
-        space
-            .cuts
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::new(cut));
+        space.cuts.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(cut));
         space.reserving.store(0, Ordering::Release);
         drop(remap);
         Ok(figures)
@@ -337,16 +302,13 @@ impl<H: Host> Space<H> {
             self.host.protect(first, count)?;
             figures.protect_calls += 1;
             for leaf in (first.0..first.0 + count).map(LeafNumber) {
-                self.leaves[leaf.index()]
-                    .protected
-                    .store(1, Ordering::Release);
+                self.leaves[leaf.index()].protected.store(1, Ordering::Release);
                 area.set_protected(leaf);
                 figures.protected_leaves += 1;
             }
         }
-        let open_block = |leaf: LeafNumber| {
-            matches!(self.backing(leaf), Backing::Block(_)) && !self.is_protected(leaf)
-        };
+        let open_block =
+            |leaf: LeafNumber| matches!(self.backing(leaf), Backing::Block(_)) && !self.is_protected(leaf);
         for (first, count) in self.runs(open_block) {
             for (leaf, states) in self.host.scan(first, count)? {
                 if !states.anonymous.is_empty() {
@@ -358,11 +320,7 @@ impl<H: Host> Space<H> {
         }
         for leaf in self.shape.leaves() {
             if matches!(self.backing(leaf), Backing::Block(_)) && self.is_protected(leaf) {
-                let lent = self
-                    .block_sets()
-                    .get(&leaf)
-                    .copied()
-                    .unwrap_or(PageSet::EMPTY);
+                let lent = self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY);
                 recorded.insert(leaf, lent);
                 area.set_protected(leaf);
                 figures.protected_leaves += 1;
@@ -372,8 +330,6 @@ impl<H: Host> Space<H> {
     }
 
     pub(super) fn block_sets(&self) -> MutexGuard<'_, BTreeMap<LeafNumber, PageSet>> {
-        self.block_sets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.block_sets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

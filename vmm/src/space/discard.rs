@@ -45,16 +45,12 @@ impl<H: Host> Space<H> {
             }
             if pages == wide(LEAF_PAGES) {
                 self.host.map_anonymous(leaf)?;
-                self.leaves[leaf.index()]
-                    .registered
-                    .store(0, Ordering::Release);
+                self.leaves[leaf.index()].registered.store(0, Ordering::Release);
                 self.set_backing(leaf, Backing::Anonymous);
                 self.board.member(self.slot).set_map(leaf, None);
                 if self.is_cut_reserved() {
                     self.host.register(leaf, 1, Traps::Stores)?;
-                    self.leaves[leaf.index()]
-                        .registered
-                        .store(1, Ordering::Release);
+                    self.leaves[leaf.index()].registered.store(1, Ordering::Release);
                 }
                 self.host.wake(leaf)?;
             } else {

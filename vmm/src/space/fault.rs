@@ -74,40 +74,29 @@ impl<H: Host> Space<H> {
                 self.host.map_anonymous(leaf)?;
                 Backing::Anonymous
             }
-            Found::Shared {
-                block: Some(block),
-                patches: None,
-            } if self.placeholder == Some(block) => {
+            Found::Shared { block: Some(block), patches: None } if self.placeholder == Some(block) => {
                 area.set_map(leaf, Some(block));
                 Backing::Block(block)
             }
             Found::Shared { block, patches } => {
                 area.set_map(leaf, block);
                 let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
-                self.host
-                    .map_block(leaf, block, &patches)
-                    .inspect_err(|_| area.set_map(leaf, None))?;
+                self.host.map_block(leaf, block, &patches).inspect_err(|_| area.set_map(leaf, None))?;
                 block.map_or(Backing::Anonymous, Backing::Block)
             }
             Found::Lost | Found::Pending(_) => {
                 self.host.poison(leaf)?;
                 self.set_backing(leaf, Backing::Lost);
-                return Err(SpaceError::Lost {
-                    gfn: leaf.first_gfn(),
-                });
+                return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
         };
         // The mapping is wholly right before the first access to it can pass.
         self.set_backing(leaf, backing);
-        self.counters
-            .leaves_resolved
-            .fetch_add(1, Ordering::Relaxed);
+        self.counters.leaves_resolved.fetch_add(1, Ordering::Relaxed);
         self.host.unregister(leaf)?;
         if self.is_cut_reserved() {
             self.host.register(leaf, 1, super::Traps::Stores)?;
-            self.leaves[leaf.index()]
-                .registered
-                .store(1, Ordering::Release);
+            self.leaves[leaf.index()].registered.store(1, Ordering::Release);
         }
         Ok(())
     }
@@ -116,11 +105,7 @@ impl<H: Host> Space<H> {
         let patches = self.board.cut(cut).patches(leaf);
         (patches.first_frame..)
             .zip(patches.pages.iter())
-            .map(|(frame, position)| Patch {
-                position,
-                cut,
-                frame,
-            })
+            .map(|(frame, position)| Patch { position, cut, frame })
             .collect()
     }
 

@@ -89,23 +89,14 @@ impl<H: Host> Space<H> {
             let area = self.board.cut(cut.id());
             area.publish(leaf, word);
             self.host.wake_word(area.raw(leaf));
-            last = Some(Settled {
-                cut: cut.id(),
-                lent,
-                has_copies: cut.has_copies_in(leaf),
-            });
+            last = Some(Settled { cut: cut.id(), lent, has_copies: cut.has_copies_in(leaf) });
         }
         (!pending.is_empty()).then_some(newest_block)
     }
 
     /// The pages of a leaf that are lent: anonymous and protected.
     fn lent_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
-        let states = self
-            .host
-            .scan(leaf, 1)?
-            .first()
-            .map(|(_, states)| *states)
-            .unwrap_or_default();
+        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
         Ok(states.anonymous.minus(&states.written))
     }
 
@@ -158,9 +149,7 @@ impl<H: Host> Space<H> {
             })
             .collect();
         self.host.publish_block(cut.id(), leaf, &sources)?;
-        self.counters
-            .blocks_published
-            .fetch_add(1, Ordering::Relaxed);
+        self.counters.blocks_published.fetch_add(1, Ordering::Relaxed);
         Ok(LeafWord::Block)
     }
 
@@ -171,27 +160,17 @@ impl<H: Host> Space<H> {
         block: CutId,
         pages: &PageSet,
     ) -> Result<LeafWord, SpaceError> {
-        let sources: Vec<_> = pages
-            .iter()
-            .map(|position| (position, cut.source_of(leaf.gfn(position))))
-            .collect();
+        let sources: Vec<_> =
+            pages.iter().map(|position| (position, cut.source_of(leaf.gfn(position)))).collect();
         let count = u32::try_from(sources.len()).expect("a leaf has 512 pages");
         let first_frame = cut.take_frames(count);
         if count > 0 {
-            self.host
-                .publish_patches(cut.id(), leaf, first_frame, &sources)?;
+            self.host.publish_patches(cut.id(), leaf, first_frame, &sources)?;
         }
-        self.board.cut(cut.id()).set_patches(
-            leaf,
-            &Patches {
-                block: Some(block),
-                first_frame,
-                pages: *pages,
-            },
-        );
-        self.counters
-            .patches_published
-            .fetch_add(u64::from(count), Ordering::Relaxed);
+        self.board
+            .cut(cut.id())
+            .set_patches(leaf, &Patches { block: Some(block), first_frame, pages: *pages });
+        self.counters.patches_published.fetch_add(u64::from(count), Ordering::Relaxed);
         Ok(LeafWord::Patched)
     }
 
@@ -202,13 +181,9 @@ impl<H: Host> Space<H> {
             self.host.unprotect(leaf)?;
         } else {
             self.host.unregister(leaf)?;
-            self.leaves[leaf.index()]
-                .registered
-                .store(0, Ordering::Release);
+            self.leaves[leaf.index()].registered.store(0, Ordering::Release);
         }
-        self.leaves[leaf.index()]
-            .protected
-            .store(0, Ordering::Release);
+        self.leaves[leaf.index()].protected.store(0, Ordering::Release);
         Ok(())
     }
 
@@ -217,12 +192,7 @@ impl<H: Host> Space<H> {
         if self.pin_table().pins_in(leaf) > 0 {
             return Ok(false);
         }
-        let states = self
-            .host
-            .scan(leaf, 1)?
-            .first()
-            .map(|(_, states)| *states)
-            .unwrap_or_default();
+        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
         Ok(states.anonymous == *lent && states.written.is_empty())
     }
 
@@ -246,12 +216,8 @@ impl<H: Host> Space<H> {
             return Err(error.into());
         }
         self.set_backing(leaf, Backing::Block(block));
-        self.leaves[leaf.index()]
-            .registered
-            .store(0, Ordering::Release);
-        self.leaves[leaf.index()]
-            .protected
-            .store(0, Ordering::Release);
+        self.leaves[leaf.index()].registered.store(0, Ordering::Release);
+        self.leaves[leaf.index()].protected.store(0, Ordering::Release);
         self.host.wake(leaf)?;
         self.counters.leaves_dropped.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -294,10 +260,7 @@ impl<H: Host> Space<H> {
     /// Forgets the cuts on which nothing is pending; returns them. Their words say all.
     pub fn finished_cuts(&self) -> Vec<CutId> {
         let mut finished = Vec::new();
-        let mut cuts = self
-            .cuts
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut cuts = self.cuts.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         cuts.retain(|cut| {
             let is_pending = self.board.cut(cut.id()).pending().next().is_some();
             if !is_pending {
@@ -322,10 +285,7 @@ impl<H: Host> Space<H> {
                 self.counters.leaves_reused.fetch_add(1, Ordering::Relaxed);
             }
         }
-        self.cuts
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .retain(|open| open.id() != cut);
+        self.cuts.write().unwrap_or_else(std::sync::PoisonError::into_inner).retain(|open| open.id() != cut);
         Ok(())
     }
 }

@@ -80,12 +80,7 @@ pub trait Host: Send + Sync {
     ///
     /// # Errors
     /// The host refused; the leaf is unchanged.
-    fn map_block(
-        &self,
-        leaf: LeafNumber,
-        block: Option<CutId>,
-        patches: &[Patch],
-    ) -> Result<(), HostError>;
+    fn map_block(&self, leaf: LeafNumber, block: Option<CutId>, patches: &[Patch]) -> Result<(), HostError>;
 
     /// Makes accesses to `count` leaves from `first` trap, in addition to those that do.
     ///
@@ -134,11 +129,7 @@ pub trait Host: Send + Sync {
     ///
     /// # Errors
     /// The host refused.
-    fn scan(
-        &self,
-        first: LeafNumber,
-        count: u32,
-    ) -> Result<Vec<(LeafNumber, PageStates)>, HostError>;
+    fn scan(&self, first: LeafNumber, count: u32) -> Result<Vec<(LeafNumber, PageStates)>, HostError>;
 
     /// Makes these pages anonymous memory of the window, with the bytes that they show, where they
     /// are not yet. The leaf is neither trapped nor protected.

@@ -181,13 +181,7 @@ impl<H: Host> Space<H> {
         Self::bare(host, board, slot, shape, Some(cut))
     }
 
-    fn bare(
-        host: H,
-        board: Board,
-        slot: u32,
-        shape: MemoryShape,
-        placeholder: Option<CutId>,
-    ) -> Self {
+    fn bare(host: H, board: Board, slot: u32, shape: MemoryShape, placeholder: Option<CutId>) -> Self {
         Self {
             host,
             board,
@@ -227,9 +221,7 @@ impl<H: Host> Space<H> {
     }
 
     fn set_backing(&self, leaf: LeafNumber, backing: Backing) {
-        self.leaves[leaf.index()]
-            .backing
-            .store(backing.encode(), Ordering::Release);
+        self.leaves[leaf.index()].backing.store(backing.encode(), Ordering::Release);
     }
 
     fn is_protected(&self, leaf: LeafNumber) -> bool {
@@ -242,10 +234,7 @@ impl<H: Host> Space<H> {
 
     fn lock_leaf(&self, leaf: LeafNumber) -> MutexGuard<'_, ()> {
         // The lock guards no data of its own: a thread that died in it left the host as it was.
-        self.leaves[leaf.index()]
-            .lock
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.leaves[leaf.index()].lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remapping(&self) -> RwLockReadGuard<'_, ()> {
@@ -257,10 +246,7 @@ impl<H: Host> Space<H> {
     }
 
     fn open_cuts(&self) -> Vec<Arc<OpenCut>> {
-        self.cuts
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.cuts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn is_cut_reserved(&self) -> bool {
@@ -279,17 +265,14 @@ impl<H: Host> Space<H> {
     /// The first page of `first..first + pages` that is not memory, as an error.
     fn check_range(&self, first: Gfn, pages: u64) -> Result<(), SpaceError> {
         let is_memory = |gfn: Gfn| self.shape.contains(gfn.gpa(), crate::words::PAGE_BYTES);
-        let limit =
-            u64::from(self.shape.span_leaves()) * crate::words::wide(crate::words::LEAF_PAGES);
+        let limit = u64::from(self.shape.span_leaves()) * crate::words::wide(crate::words::LEAF_PAGES);
         match first.0.checked_add(pages) {
             // Past the end: the first page that is not memory, without walking there.
             Some(end) if end <= limit => (first.0..end)
                 .map(Gfn)
                 .find(|gfn| !is_memory(*gfn))
                 .map_or(Ok(()), |gfn| Err(SpaceError::NotMemory { gfn })),
-            _ => Err(SpaceError::NotMemory {
-                gfn: Gfn(first.0.max(limit)),
-            }),
+            _ => Err(SpaceError::NotMemory { gfn: Gfn(first.0.max(limit)) }),
         }
     }
 }

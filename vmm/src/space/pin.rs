@@ -40,19 +40,13 @@ impl PinTable {
     /// # Errors
     /// The page is not pinned: nothing has changed.
     pub fn unpin(&mut self, gfn: Gfn) -> Result<(), SpaceError> {
-        let pages = self
-            .pages
-            .get_mut(&gfn)
-            .ok_or(SpaceError::NotPinned { gfn })?;
+        let pages = self.pages.get_mut(&gfn).ok_or(SpaceError::NotPinned { gfn })?;
         *pages -= 1;
         if *pages == 0 {
             self.pages.remove(&gfn);
         }
         let leaf = gfn.leaf();
-        let pins = self
-            .leaves
-            .get_mut(&leaf)
-            .expect("the leaf of a pinned page has pins");
+        let pins = self.leaves.get_mut(&leaf).expect("the leaf of a pinned page has pins");
         *pins -= 1;
         if *pins == 0 {
             self.leaves.remove(&leaf);
@@ -97,17 +91,13 @@ impl PinTable {
         for (gfn, pins) in &self.pages {
             *leaves.entry(gfn.leaf()).or_default() += pins;
         }
-        leaves == self.leaves
-            && self.pages.values().copied().map(u64::from).sum::<u64>() == self.total
+        leaves == self.leaves && self.pages.values().copied().map(u64::from).sum::<u64>() == self.total
     }
 
     /// The first pinned page among `pages` from `first`.
     #[must_use]
     pub fn first_in(&self, first: Gfn, pages: u64) -> Option<Gfn> {
-        self.pages
-            .range(first..Gfn(first.0 + pages))
-            .next()
-            .map(|(gfn, _)| *gfn)
+        self.pages.range(first..Gfn(first.0 + pages)).next().map(|(gfn, _)| *gfn)
     }
 }
 
@@ -154,9 +144,7 @@ impl<H: Host> Space<H> {
             }
             self.host.populate(first, pages)?;
             let mut table = self.pin_table();
-            (first.0..first.0 + pages)
-                .map(Gfn)
-                .for_each(|gfn| table.pin(gfn));
+            (first.0..first.0 + pages).map(Gfn).for_each(|gfn| table.pin(gfn));
             return Ok(());
         }
     }

@@ -82,29 +82,19 @@ impl<H: Host> Space<H> {
         let backing = self.backing(leaf);
         let pending = self.pending_cuts(leaf);
         let anonymous = match backing {
-            Backing::Anonymous | Backing::Block(_) => self
-                .host
-                .scan(leaf, 1)?
-                .first()
-                .map(|(_, states)| *states)
-                .unwrap_or_default(),
+            Backing::Anonymous | Backing::Block(_) => {
+                self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default()
+            }
             Backing::Trapped | Backing::Lost => super::PageStates::default(),
         };
         // Under a protection the markers of a block look like pages: what was there before is known.
         let known = match backing {
-            Backing::Block(_) if self.is_protected(leaf) => self
-                .block_sets()
-                .get(&leaf)
-                .copied()
-                .unwrap_or(PageSet::EMPTY)
-                .union(&anonymous.present),
+            Backing::Block(_) if self.is_protected(leaf) => {
+                self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY).union(&anonymous.present)
+            }
             _ => anonymous.anonymous,
         };
-        let lent = if pending.is_empty() {
-            PageSet::EMPTY
-        } else {
-            known.minus(&anonymous.written)
-        };
+        let lent = if pending.is_empty() { PageSet::EMPTY } else { known.minus(&anonymous.written) };
         let pins = self.pin_table();
         let mut pinned = PageSet::EMPTY;
         for position in (0..LEAF_PAGES).filter(|position| pins.pins_on(leaf.gfn(*position)) > 0) {
@@ -126,12 +116,7 @@ impl<H: Host> Space<H> {
     #[must_use]
     pub fn owned(report: &SpaceReport) -> Vec<(LeafNumber, PageSet)> {
         let owned = |leaf: &LeafReport| (leaf.leaf, leaf.exclusive);
-        report
-            .leaves
-            .iter()
-            .map(owned)
-            .filter(|(_, exclusive)| !exclusive.is_empty())
-            .collect()
+        report.leaves.iter().map(owned).filter(|(_, exclusive)| !exclusive.is_empty()).collect()
     }
 
     /// The pages that a device holds, ascending.

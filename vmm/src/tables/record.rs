@@ -59,10 +59,7 @@ impl LeafRecord {
                 exclusive: PageSet::from_words(std::array::from_fn(|i| word(EXCLUSIVE + i))),
             }
         } else {
-            Self::Shared {
-                block: CutId::new(word(BLOCK)),
-                patches: CutId::new(word(PATCHES)),
-            }
+            Self::Shared { block: CutId::new(word(BLOCK)), patches: CutId::new(word(PATCHES)) }
         }
     }
 

@@ -45,10 +45,7 @@ pub fn resolve(board: &Board, root: Entry, leaf: LeafNumber) -> Found {
                 Entry::decode(below)
             }
             Entry::Leaf(record) => match LeafRecord::load(board.record(record)) {
-                LeafRecord::Shared {
-                    block: None,
-                    patches: None,
-                } => return Found::Zero,
+                LeafRecord::Shared { block: None, patches: None } => return Found::Zero,
                 LeafRecord::Shared { block, patches } => return Found::Shared { block, patches },
                 LeafRecord::Private { under, .. } => under,
             },
@@ -62,19 +59,13 @@ pub fn resolve(board: &Board, root: Entry, leaf: LeafNumber) -> Found {
                     match area.leaf(leaf) {
                         LeafWord::Pending => return Found::Pending(cut),
                         LeafWord::Block => {
-                            return Found::Shared {
-                                block: Some(cut),
-                                patches: None,
-                            };
+                            return Found::Shared { block: Some(cut), patches: None };
                         }
                         LeafWord::Zero => return Found::Zero,
                         LeafWord::Lost => return Found::Lost,
                         LeafWord::Patched => {
                             let block = area.patches(leaf).block;
-                            return Found::Shared {
-                                block,
-                                patches: Some(cut),
-                            };
+                            return Found::Shared { block, patches: Some(cut) };
                         }
                         LeafWord::Base => Entry::decode(area.base()),
                     }

@@ -61,19 +61,14 @@ struct Pool {
 
 impl Pool {
     fn new(limit: u32) -> Self {
-        Self {
-            limit: limit.min(super::NUMBER_LIMIT),
-            ..Self::default()
-        }
+        Self { limit: limit.min(super::NUMBER_LIMIT), ..Self::default() }
     }
 
     fn take(&mut self) -> Option<u32> {
         let number = match self.free.pop() {
             Some(number) => number,
             None => {
-                let next = u32::try_from(self.references.len())
-                    .ok()
-                    .filter(|next| *next < self.limit)?;
+                let next = u32::try_from(self.references.len()).ok().filter(|next| *next < self.limit)?;
                 self.references.push(0);
                 next
             }
@@ -89,9 +84,7 @@ impl Pool {
     /// True if that was the last reference.
     fn release(&mut self, number: u32) -> bool {
         let count = &mut self.references[number as usize];
-        *count = count
-            .checked_sub(1)
-            .expect("released more often than retained");
+        *count = count.checked_sub(1).expect("released more often than retained");
         if *count == 0 {
             self.limbo.push(number);
         }
@@ -188,8 +181,7 @@ impl Tables {
         retain_cut: &mut dyn FnMut(CutId),
     ) -> Result<(), TablesError> {
         let record = self.new_record(leaf, LeafRecord::Shared { block, patches })?;
-        self.set_entry(root, leaf, record, retain_cut)
-            .inspect_err(|_| self.release(record))
+        self.set_entry(root, leaf, record, retain_cut).inspect_err(|_| self.release(record))
     }
 
     /// Says which pages of `leaf` the one VM that has `root` owns; none = it owns no page there.
@@ -238,10 +230,7 @@ impl Tables {
     }
 
     fn new_record(&mut self, leaf: LeafNumber, content: LeafRecord) -> Result<Entry, TablesError> {
-        let number = self
-            .record_references
-            .take()
-            .ok_or(TablesError::Records(self.board.shape().records))?;
+        let number = self.record_references.take().ok_or(TablesError::Records(self.board.shape().records))?;
         content.store(self.board.record(number));
         let needed = number as usize + 1;
         if self.record_leaf.len() < needed {
@@ -293,20 +282,13 @@ impl Tables {
 
     /// A node of the same content as `entry` with one referrer, the caller, who gives up its
     /// reference on `entry`: that node itself, or a copy.
-    fn own_node(
-        &mut self,
-        entry: Entry,
-        retain_cut: &mut dyn FnMut(CutId),
-    ) -> Result<u32, TablesError> {
+    fn own_node(&mut self, entry: Entry, retain_cut: &mut dyn FnMut(CutId)) -> Result<u32, TablesError> {
         if let Entry::Node(node) = entry
             && self.node_references.references[node as usize] == 1
         {
             return Ok(node);
         }
-        let copy = self
-            .node_references
-            .take()
-            .ok_or(TablesError::Nodes(self.board.shape().nodes))?;
+        let copy = self.node_references.take().ok_or(TablesError::Nodes(self.board.shape().nodes))?;
         for index in 0..NODE_ENTRIES {
             let below = match entry {
                 Entry::Node(node) => self.load(node, index),
@@ -368,10 +350,7 @@ impl Tables {
     /// Nodes and records in use.
     #[must_use]
     pub fn counts(&self) -> TableCounts {
-        TableCounts {
-            nodes: self.node_references.in_use(),
-            records: self.record_references.in_use(),
-        }
+        TableCounts { nodes: self.node_references.in_use(), records: self.record_references.in_use() }
     }
 
     /// The entries on the way from `root` to `leaf`: root first, the slot of the leaf last. Shorter

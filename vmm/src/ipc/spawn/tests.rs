@@ -11,16 +11,9 @@ const ROLE: &str = "SALP_SPAWN_TEST_ROLE";
 
 /// Starts the test binary so that it runs only [`a_child_plays_its_part`].
 fn play(role: &str, descriptors: &[(BorrowedFd<'_>, RawFd)]) -> Child {
-    let path = module_path!()
-        .split_once("::")
-        .expect("a module of the crate")
-        .1;
+    let path = module_path!().split_once("::").expect("a module of the crate").1;
     let name = OsString::from(format!("{path}::a_child_plays_its_part"));
-    let arguments = [
-        name.as_os_str(),
-        OsStr::new("--exact"),
-        OsStr::new("--nocapture"),
-    ];
+    let arguments = [name.as_os_str(), OsStr::new("--exact"), OsStr::new("--nocapture")];
     spawn_self(&arguments, &[(ROLE, OsStr::new(role))], descriptors).expect("spawn")
 }
 
@@ -37,17 +30,12 @@ fn a_child_plays_its_part() {
             let socket = adopt(4).expect("adopt");
             let grandchild = play("orphan", &[(to_test.as_fd(), 3), (socket.as_fd(), 4)]);
             let to_test = Channel::from_fd(to_test).expect("channel");
-            to_test
-                .send(&grandchild.pid().as_raw_pid(), &[grandchild.as_fd()])
-                .expect("send");
+            to_test.send(&grandchild.pid().as_raw_pid(), &[grandchild.as_fd()]).expect("send");
             grandchild.wait().expect("wait");
         }
         "orphan" => {
             die_with_parent().expect("die with parent");
-            Channel::from_fd(adopt(3).expect("adopt"))
-                .expect("channel")
-                .send(&0_i32, &[])
-                .expect("send");
+            Channel::from_fd(adopt(3).expect("adopt")).expect("channel").send(&0_i32, &[]).expect("send");
             sleep();
         }
         other => panic!("no part {other}"),
@@ -58,8 +46,7 @@ fn a_child_plays_its_part() {
 
 /// Two channels at numbers 3 and 4: says on each which it is, and which descriptors it has.
 fn echo() {
-    let channels =
-        [3, 4].map(|number| Channel::from_fd(adopt(number).expect("adopt")).expect("channel"));
+    let channels = [3, 4].map(|number| Channel::from_fd(adopt(number).expect("adopt")).expect("channel"));
     for (number, channel) in (3_i32..).zip(&channels) {
         assert!(adopt(number).is_err(), "adopted twice");
         channel.send(&number, &[]).expect("send");
@@ -75,12 +62,10 @@ fn sleep() {
 
 fn open_descriptors() -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir("/proc/self/fd").expect("proc");
-    let named = entries
-        .map(|entry| entry.expect("entry").path())
-        .filter_map(|path| {
-            let number = path.file_name()?.to_string_lossy().into_owned();
-            Some((number, std::fs::read_link(&path).ok()?))
-        });
+    let named = entries.map(|entry| entry.expect("entry").path()).filter_map(|path| {
+        let number = path.file_name()?.to_string_lossy().into_owned();
+        Some((number, std::fs::read_link(&path).ok()?))
+    });
     named.collect()
 }
 
@@ -88,22 +73,13 @@ fn open_descriptors() -> Vec<(String, PathBuf)> {
 fn descriptors_arrive_at_their_numbers_and_no_others_do() {
     let (here, there) = Channel::pair().expect("pair");
     let (here_too, there_too) = Channel::pair().expect("pair");
-    let secret =
-        rustix::fs::memfd_create("salp-secret", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+    let secret = rustix::fs::memfd_create("salp-secret", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
     let child = play("echo", &[(there.as_fd(), 4), (there_too.as_fd(), 3)]);
     drop((there, there_too));
     for (number, channel) in [(4, &here), (3, &here_too)] {
-        assert_eq!(
-            channel.receive::<i32>().expect("receive").expect("open").0,
-            number
-        );
-        let (open, _) = channel
-            .receive::<Vec<(String, PathBuf)>>()
-            .expect("receive")
-            .expect("open");
-        let leaked = open
-            .iter()
-            .find(|(_, target)| target.to_string_lossy().contains("salp-secret"));
+        assert_eq!(channel.receive::<i32>().expect("receive").expect("open").0, number);
+        let (open, _) = channel.receive::<Vec<(String, PathBuf)>>().expect("receive").expect("open");
+        let leaked = open.iter().find(|(_, target)| target.to_string_lossy().contains("salp-secret"));
         assert_eq!(leaked, None);
     }
     drop((here, here_too, secret));
@@ -117,10 +93,7 @@ fn an_ending_is_reported_again_and_again_and_nothing_is_left() {
     assert_eq!(child.wait().expect("wait"), Ending::Exited(33));
     assert_eq!(child.try_wait().expect("wait"), Some(Ending::Exited(33)));
     child.kill().expect("nothing to kill");
-    assert!(
-        !PathBuf::from(format!("/proc/{}", child.pid().as_raw_pid())).exists(),
-        "a zombie"
-    );
+    assert!(!PathBuf::from(format!("/proc/{}", child.pid().as_raw_pid())).exists(), "a zombie");
 }
 
 #[test]
@@ -139,10 +112,7 @@ fn a_killed_child_says_so_and_its_pidfd_becomes_readable() {
     let (_here, there) = Channel::pair().expect("pair");
     let child = play("sleep", &[(there.as_fd(), 4)]);
     let now = rustix::event::Timespec::default();
-    assert_eq!(
-        poll(&mut [PollFd::new(&child, PollFlags::IN)], Some(&now)),
-        Ok(0)
-    );
+    assert_eq!(poll(&mut [PollFd::new(&child, PollFlags::IN)], Some(&now)), Ok(0));
     child.kill().expect("kill");
     assert_eq!(poll(&mut [PollFd::new(&child, PollFlags::IN)], None), Ok(1));
     assert_eq!(child.wait().expect("wait"), Ending::Killed(libc::SIGKILL));
@@ -162,10 +132,7 @@ fn an_orphan_dies_with_its_parent() {
     let orphan = received.pop().expect("a pidfd");
     parent.kill().expect("kill");
     assert_eq!(parent.wait().expect("wait"), Ending::Killed(libc::SIGKILL));
-    assert_eq!(
-        poll(&mut [PollFd::new(&orphan, PollFlags::IN)], None),
-        Ok(1)
-    );
+    assert_eq!(poll(&mut [PollFd::new(&orphan, PollFlags::IN)], None), Ok(1));
 }
 
 #[test]
@@ -176,14 +143,8 @@ fn what_cannot_be_handed_over_or_adopted_is_refused() {
         let error = spawn_self(&[], &[], &descriptors).expect_err("numbers");
         assert!(error.to_string().contains(reason), "{error}");
     }
-    assert!(matches!(
-        spawn_self(&[OsStr::new("a\0b")], &[], &[]),
-        Err(SpawnError::Nul { .. })
-    ));
-    assert!(matches!(
-        adopt(file.as_raw_fd()),
-        Err(SpawnError::Number { .. })
-    ));
+    assert!(matches!(spawn_self(&[OsStr::new("a\0b")], &[], &[]), Err(SpawnError::Nul { .. })));
+    assert!(matches!(adopt(file.as_raw_fd()), Err(SpawnError::Number { .. })));
     assert!(matches!(adopt(1_000_000), Err(SpawnError::Number { .. })));
     assert!(matches!(adopt(1), Err(SpawnError::Number { .. })));
     if env::var_os(PARENT_VARIABLE).is_none() {
@@ -194,10 +155,7 @@ fn what_cannot_be_handed_over_or_adopted_is_refused() {
 #[test]
 fn variables_replace_what_had_their_name() {
     let variables = environment(&[("PATH", OsStr::new("x"))]).expect("environment");
-    let paths: Vec<_> = variables
-        .iter()
-        .filter(|text| text.as_bytes().starts_with(b"PATH="))
-        .collect();
+    let paths: Vec<_> = variables.iter().filter(|text| text.as_bytes().starts_with(b"PATH=")).collect();
     assert_eq!(paths, [c"PATH=x"]);
     let mut all = String::new();
     for text in &variables {

@@ -1,0 +1,204 @@
+//! The virtual range itself: reserved once, remapped in place, accessed by raw copies only.
+//!
+//! Never a Rust reference to guest memory but atomics: guests, devices and the host's kernel change
+//! it at any time.
+#![expect(unsafe_code, reason = "mmap, madvise and raw copies")]
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::AtomicU32;
+
+use crate::words::{LEAF_BYTES, PAGE_BYTES, index, wide};
+
+/// An address in a window. What is there may change at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostAddress(*mut u8);
+
+// SAFETY: an address is a number; all accesses through it are made by raw copies whose callers
+// argue for themselves.
+unsafe impl Send for HostAddress {}
+// SAFETY: as above.
+unsafe impl Sync for HostAddress {}
+
+impl HostAddress {
+    /// The address as a pointer.
+    #[must_use]
+    pub fn as_ptr(self) -> *mut u8 {
+        self.0
+    }
+}
+
+/// `[base, base + len)`, aligned to 2 MiB and owned: unmapped when dropped.
+pub(super) struct Reservation {
+    base: HostAddress,
+    len_bytes: usize,
+    /// What was mapped to find an aligned range in.
+    whole: (HostAddress, usize),
+}
+
+const PRIVATE_FIXED: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+
+impl Reservation {
+    /// Reserves addresses; nothing is accessible yet.
+    pub(super) fn new(len_bytes: u64) -> io::Result<Self> {
+        let len_bytes = index(len_bytes);
+        let whole_bytes = len_bytes + LEAF_BYTES;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let whole = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                whole_bytes,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if whole == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let whole = whole.cast::<u8>();
+        let base = whole.wrapping_add(whole.align_offset(LEAF_BYTES));
+        Ok(Self { base: HostAddress(base), len_bytes, whole: (HostAddress(whole), whole_bytes) })
+    }
+
+    /// The address at `offset`.
+    pub(super) fn address(&self, offset: usize) -> HostAddress {
+        debug_assert!(offset <= self.len_bytes);
+        HostAddress(self.base.0.wrapping_add(offset))
+    }
+
+    /// A range of offsets as host addresses.
+    pub(super) fn host(&self, range: Range<u64>) -> Range<u64> {
+        let base = wide(self.base.0 as usize);
+        base + range.start..base + range.end
+    }
+
+    /// Puts fresh anonymous memory at `range`, with huge pages asked for or refused.
+    pub(super) fn map_anonymous(&self, range: Range<u64>, is_huge: bool) -> io::Result<()> {
+        self.map_fixed(range.clone(), PRIVATE_FIXED | libc::MAP_ANONYMOUS, -1, 0)?;
+        self.advise(range.clone(), if is_huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE })?;
+        self.advise(range, libc::MADV_DONTFORK)
+    }
+
+    /// Puts `file` from `offset` at `range`, privately: stores make private copies.
+    pub(super) fn map_file(&self, range: Range<u64>, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        self.map_fixed(range.clone(), PRIVATE_FIXED, file.as_raw_fd(), offset)?;
+        self.advise(range, libc::MADV_DONTFORK)
+    }
+
+    fn map_fixed(&self, range: Range<u64>, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
+        self.check(&range);
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: the range lies inside this reservation, which this object owns; what was mapped
+        // there was guest memory, to which no Rust reference but atomics exists.
+        let mapped = unsafe {
+            libc::mmap(
+                self.address(index(range.start)).0.cast(),
+                index(range.end - range.start),
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                fd,
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Moves a mapping prepared aside, as large as `range`, to `range`, in one step. It is then this
+    /// reservation's.
+    pub(super) fn move_in(&self, range: Range<u64>, aside: Self) -> io::Result<()> {
+        self.check(&range);
+        let len_bytes = index(range.end - range.start);
+        assert!(len_bytes == aside.len_bytes, "what is moved in has the size of its place");
+        // SAFETY: source and destination are owned by the two reservations; see `map_fixed`.
+        let moved = unsafe {
+            libc::mremap(
+                aside.base.0.cast(),
+                len_bytes,
+                len_bytes,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                self.address(index(range.start)).0,
+            )
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        aside.unmap_around();
+        Ok(())
+    }
+
+    /// Gives up what is left of the reservation when its range has moved away: the range itself may
+    /// be somebody else's by now.
+    fn unmap_around(self) {
+        let this = std::mem::ManuallyDrop::new(self);
+        let head = this.base.0 as usize - this.whole.0.0 as usize;
+        let tail = this.whole.1 - head - this.len_bytes;
+        for (start, len_bytes) in [(this.whole.0, head), (this.address(this.len_bytes), tail)] {
+            // SAFETY: head and tail were mapped by `new` and are accessed by nobody.
+            let result = unsafe { if len_bytes > 0 { libc::munmap(start.0.cast(), len_bytes) } else { 0 } };
+            debug_assert!(result == 0, "unmapping failed: {}", io::Error::last_os_error());
+        }
+    }
+
+    fn advise(&self, range: Range<u64>, advice: i32) -> io::Result<()> {
+        self.check(&range);
+        // SAFETY: the range lies inside this reservation; the advices used here change nothing but
+        // how the range is backed, or make its pages zero, which is what the caller asks for.
+        let result = unsafe {
+            libc::madvise(self.address(index(range.start)).0.cast(), index(range.end - range.start), advice)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Makes private copies of these pages, where there are none yet.
+    pub(super) fn populate(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Gives anonymous pages back: they read 0.
+    pub(super) fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range, libc::MADV_DONTNEED)
+    }
+
+    /// Copies out of the window.
+    pub(super) fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= self.len_bytes, "a read beyond the window");
+        // SAFETY: the source lies inside the reservation and is RAM (callers check), hence mapped
+        // readable; the destination is a slice of the caller's. The bytes may change meanwhile: any
+        // mixture of them is a right answer, as for a device.
+        unsafe { std::ptr::copy(self.address(offset).0, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies into the window.
+    pub(super) fn write(&self, offset: usize, from: &[u8]) {
+        assert!(offset + from.len() <= self.len_bytes, "a write beyond the window");
+        // SAFETY: as for `read`, in the other direction.
+        unsafe { std::ptr::copy(from.as_ptr(), self.address(offset).0, from.len()) }
+    }
+
+    /// An aligned word, for atomic access. None if it is not aligned or not inside.
+    pub(super) fn word(&self, offset: usize) -> Option<&AtomicU32> {
+        (offset.is_multiple_of(4) && offset + 4 <= self.len_bytes).then(|| {
+            // SAFETY: aligned and inside the reservation, which lives as long as the reference;
+            // atomics are the one kind of reference to guest memory that there is.
+            unsafe { AtomicU32::from_ptr(self.address(offset).0.cast()) }
+        })
+    }
+
+    fn check(&self, range: &Range<u64>) {
+        let is_inside = range.start <= range.end && range.end <= wide(self.len_bytes);
+        let is_aligned =
+            range.start.is_multiple_of(wide(PAGE_BYTES)) && range.end.is_multiple_of(wide(PAGE_BYTES));
+        assert!(is_inside && is_aligned, "{range:x?} is not a range of pages of this window");
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the whole range was mapped by `new` and belongs to this object.
+        let result = unsafe { libc::munmap(self.whole.0.0.cast(), self.whole.1) };
+        debug_assert!(result == 0, "unmapping a window failed: {}", io::Error::last_os_error());
+    }
+}
