@@ -5,4 +5,5 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
+pub mod devices;
 pub mod words;
