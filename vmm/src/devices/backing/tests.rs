@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 use super::*;
 use crate::devices::Access;
 use crate::devices::gate::CompletionGate;
-use crate::devices::memory::Buffer;
+use crate::devices::memory::{Buffer, Span};
 use crate::devices::testing::{MemoryFiles, TestRam};
 use crate::words::Gpa;
 

@@ -210,10 +210,20 @@ impl DmaEngine {
     /// # Errors
     /// The host's, when it cannot start a thread.
     pub fn start(&self) -> std::io::Result<()> {
-        self.ensure_threads()?;
-        if !lock(&self.shared.core).live {
-            self.shared.queue(workers::Job::Revive);
+        {
+            let mut core = lock(&self.shared.core);
+            let no_buffers = !core
+                .slots
+                .iter()
+                .any(|slot| matches!(slot, Slot::Restoring(_)));
+            // An idle engine costs its clone no threads.
+            core.live |= no_buffers && core.in_flight.is_empty();
+            if core.live {
+                return Ok(());
+            }
         }
+        self.ensure_threads()?;
+        self.shared.queue(workers::Job::Revive);
         Ok(())
     }
 
