@@ -5,7 +5,6 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
-pub mod devices;
 pub mod words;
 pub mod board;
 pub mod frames;
@@ -16,4 +15,5 @@ pub mod ipc;
 pub mod arena_files;
 pub mod window;
 pub mod kvm;
+pub mod devices;
 pub mod boot;

@@ -118,12 +118,7 @@ struct WireState {
 
 impl From<BackingState> for WireState {
     fn from(state: BackingState) -> Self {
-        Self {
-            bytes: state.bytes,
-            base_bytes: state.base_bytes,
-            runs: state.map.runs(),
-            files: state.files,
-        }
+        Self { bytes: state.bytes, base_bytes: state.base_bytes, runs: state.map.runs(), files: state.files }
     }
 }
 
@@ -139,12 +134,7 @@ impl TryFrom<WireState> for BackingState {
             file.ok_or_else(|| format!("block {}: no file {}", run.block, run.place.file))?;
         }
         let map = Map::from_runs(wire.bytes.div_ceil(BLOCK), &wire.runs)?;
-        Ok(Self {
-            bytes: wire.bytes,
-            base_bytes: wire.base_bytes,
-            files: wire.files,
-            map,
-        })
+        Ok(Self { bytes: wire.bytes, base_bytes: wire.base_bytes, files: wire.files, map })
     }
 }
 
@@ -204,13 +194,7 @@ impl Backing {
             return Err(BackingError::TooLarge { bytes });
         }
         let map = Map::new(bytes.div_ceil(BLOCK));
-        Ok(Self::build(
-            bytes,
-            base.zip(base_bytes),
-            files,
-            map,
-            Vec::new(),
-        ))
+        Ok(Self::build(bytes, base.zip(base_bytes), files, map, Vec::new()))
     }
 
     /// The backing of a clone, from its source's frozen one. `base` is the same file as there.
@@ -234,23 +218,13 @@ impl Backing {
             layers.push(match id {
                 Some(id) if blocks > 0 => {
                     let file = Arc::new(files.open(*id)?);
-                    Some(Layer {
-                        id: *id,
-                        file,
-                        blocks,
-                    })
+                    Some(Layer { id: *id, file, blocks })
                 }
                 _ => None,
             });
         }
         let map = state.map.clone();
-        Ok(Self::build(
-            state.bytes,
-            base.zip(found),
-            files,
-            map,
-            layers,
-        ))
+        Ok(Self::build(state.bytes, base.zip(found), files, map, layers))
     }
 
     fn build(
@@ -302,11 +276,7 @@ impl Backing {
     fn check(&self, offset: u64, len_bytes: usize) -> Result<(), BackingError> {
         match offset.checked_add(wide(len_bytes)) {
             Some(end) if end <= self.bytes => Ok(()),
-            _ => Err(BackingError::OutOfRange {
-                offset,
-                len_bytes,
-                bytes: self.bytes,
-            }),
+            _ => Err(BackingError::OutOfRange { offset, len_bytes, bytes: self.bytes }),
         }
     }
 
@@ -317,11 +287,7 @@ impl Backing {
         len_bytes: usize,
     ) -> Result<ReadPlan, BackingError> {
         self.check(offset, len_bytes)?;
-        let mut plan = ReadPlan {
-            backing: Arc::clone(self),
-            segments: Vec::new(),
-            extents: Vec::new(),
-        };
+        let mut plan = ReadPlan { backing: Arc::clone(self), segments: Vec::new(), extents: Vec::new() };
         let mut inner = lock(&self.inner);
         for part in parts(offset, len_bytes) {
             let place = inner.map.get(part.block);
@@ -338,11 +304,7 @@ impl Backing {
 
     /// The bytes of `part`, which the map has at `place`: one or two segments.
     fn locate(&self, inner: &Inner, place: Place, part: &Part) -> Vec<Segment> {
-        let segment = |place, at, len_bytes| Segment {
-            place,
-            at,
-            len_bytes,
-        };
+        let segment = |place, at, len_bytes| Segment { place, at, len_bytes };
         if let Some(Some(layer)) = inner.layers.get(place.file_index()) {
             let offset = u64::from(place.extent) * BLOCK + wide(part.start);
             let place = Some((Arc::clone(&layer.file), offset));
@@ -357,10 +319,7 @@ impl Backing {
             None => (0, None),
         };
         let rest = segment(None, part.at + from_base, part.len_bytes - from_base);
-        [segment(base, part.at, from_base), rest]
-            .into_iter()
-            .filter(|s| s.len_bytes > 0)
-            .collect()
+        [segment(base, part.at, from_base), rest].into_iter().filter(|s| s.len_bytes > 0).collect()
     }
 
     /// Allocates extents for a write of `[offset, offset + len_bytes)`.
@@ -388,31 +347,21 @@ impl Backing {
             let extent = inner.own.allocate()?;
             plan.extents.push(extent);
             let offset = u64::from(extent) * BLOCK + wide(part.start);
-            let segment = Segment {
-                place: Some((Arc::clone(&file), offset)),
-                at: part.at,
-                len_bytes: part.len_bytes,
-            };
+            let segment =
+                Segment { place: Some((Arc::clone(&file), offset)), at: part.at, len_bytes: part.len_bytes };
             push_joined(&mut plan.segments, segment);
         }
         Ok(())
     }
 
     fn own_file(&self, inner: &mut Inner) -> Result<Arc<File>, BackingError> {
-        let own = inner
-            .own
-            .layer
-            .and_then(|n| inner.layers.get(index(n.into())));
+        let own = inner.own.layer.and_then(|n| inner.layers.get(index(n.into())));
         if let Some(Some(layer)) = own {
             return Ok(Arc::clone(&layer.file));
         }
         let (id, file) = self.files.create()?;
         let file = Arc::new(file);
-        let layer = Some(Layer {
-            id,
-            file: Arc::clone(&file),
-            blocks: 0,
-        });
+        let layer = Some(Layer { id, file: Arc::clone(&file), blocks: 0 });
         let number = match inner.layers.iter().position(Option::is_none) {
             Some(number) => {
                 inner.layers[number] = layer;
@@ -431,12 +380,7 @@ impl Backing {
     /// Reads all of a block as the map has it.
     fn read_block(&self, inner: &Inner, block: u64) -> io::Result<[u8; BLOCK_BYTES]> {
         let mut bytes = [0; BLOCK_BYTES];
-        let part = Part {
-            block,
-            start: 0,
-            at: 0,
-            len_bytes: BLOCK_BYTES,
-        };
+        let part = Part { block, start: 0, at: 0, len_bytes: BLOCK_BYTES };
         for segment in self.locate(inner, inner.map.get(block), &part) {
             if let Some((file, offset)) = segment.place {
                 let into = &mut bytes[segment.at..segment.at + segment.len_bytes];

@@ -113,13 +113,7 @@ mod tests {
         let identity = Gpa(layout::DMA_REGISTERS + register::IDENTITY);
         assert_eq!(bus.mmio_read(identity, &mut word), Claim::Taken);
         assert_eq!(u64::from_le_bytes(word), MAGIC);
-        assert_eq!(
-            bus.mmio_write(Gpa(layout::DMA_REGISTERS - 8), &word),
-            Claim::Nobody
-        );
-        assert_eq!(
-            bus.mmio_read(Gpa(layout::DMA_REGISTERS + 4096), &mut word),
-            Claim::Nobody
-        );
+        assert_eq!(bus.mmio_write(Gpa(layout::DMA_REGISTERS - 8), &word), Claim::Nobody);
+        assert_eq!(bus.mmio_read(Gpa(layout::DMA_REGISTERS + 4096), &mut word), Claim::Nobody);
     }
 }

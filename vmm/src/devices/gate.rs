@@ -77,10 +77,7 @@ impl CompletionGate {
                 counts.inside += 1;
                 return Some(Entered { gate: self });
             }
-            counts = self
-                .changed
-                .wait(counts)
-                .unwrap_or_else(PoisonError::into_inner);
+            counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -96,14 +93,9 @@ impl CompletionGate {
         let mut counts = lock(&self.counts);
         counts.holders += 1;
         while counts.inside > 0 {
-            counts = self
-                .changed
-                .wait(counts)
-                .unwrap_or_else(PoisonError::into_inner);
+            counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }
-        HeldGate {
-            gate: Arc::clone(self),
-        }
+        HeldGate { gate: Arc::clone(self) }
     }
 }
 
@@ -198,9 +190,7 @@ mod tests {
         drop(first);
         assert!(receive.try_recv().is_err());
         drop(second);
-        receive
-            .recv()
-            .expect("the writer enters once the gate is open");
+        receive.recv().expect("the writer enters once the gate is open");
         writer.join().expect("the writer does not panic");
     }
 }

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "guest memory is touched through raw pointers and system calls only"
-)]
+#![expect(unsafe_code, reason = "guest memory is touched through raw pointers and system calls only")]
 //! Pinned guest memory and every bulk move of bytes to or from it.
 //!
 //! A [`Buffer`] is a pin with its addresses, a [`Span`] a bounds-checked part of one. The guest (and
@@ -93,10 +90,7 @@ impl Buffer {
         let (host, pinned_bytes) = pin.host();
         if pinned_bytes < len_bytes {
             let reason = format!("{pinned_bytes} bytes pinned of {len_bytes}");
-            return Err(RamError::Host {
-                gfn: gpa.gfn(),
-                reason,
-            });
+            return Err(RamError::Host { gfn: gpa.gfn(), reason });
         }
         held.fetch_add(1, Ordering::Relaxed);
         Ok(Arc::new(Self {
@@ -137,10 +131,7 @@ impl Span {
     /// own arithmetic, a guest's numbers were checked when the span was made.
     pub(super) fn address(&self, at: usize, len_bytes: usize) -> HostAddress {
         let end = at.checked_add(len_bytes);
-        assert!(
-            end.is_some_and(|end| end <= self.len_bytes),
-            "outside the span"
-        );
+        assert!(end.is_some_and(|end| end <= self.len_bytes), "outside the span");
         self.buffer.host.plus(self.start + at)
     }
 
@@ -169,48 +160,22 @@ impl Span {
     }
 
     /// Reads `[at, at + len_bytes)` from `file` at `offset`. An early end of file is an error.
-    pub(super) fn read_file(
-        &self,
-        at: usize,
-        len_bytes: usize,
-        file: &File,
-        offset: u64,
-    ) -> io::Result<()> {
+    pub(super) fn read_file(&self, at: usize, len_bytes: usize, file: &File, offset: u64) -> io::Result<()> {
         let to = self.address(at, len_bytes);
         all_of(len_bytes, offset, |done, left, offset| {
             // SAFETY: the kernel writes at most `left` bytes to a range that `address` checked and
             // that the pin keeps mapped.
-            unsafe {
-                libc::pread(
-                    file.as_raw_fd(),
-                    to.plus(done).as_ptr().cast(),
-                    left,
-                    offset,
-                )
-            }
+            unsafe { libc::pread(file.as_raw_fd(), to.plus(done).as_ptr().cast(), left, offset) }
         })
     }
 
     /// Writes `[at, at + len_bytes)` to `file` at `offset`.
-    pub(super) fn write_file(
-        &self,
-        at: usize,
-        len_bytes: usize,
-        file: &File,
-        offset: u64,
-    ) -> io::Result<()> {
+    pub(super) fn write_file(&self, at: usize, len_bytes: usize, file: &File, offset: u64) -> io::Result<()> {
         let from = self.address(at, len_bytes);
         all_of(len_bytes, offset, |done, left, offset| {
             // SAFETY: the kernel reads at most `left` bytes of a range that `address` checked and
             // that the pin keeps mapped.
-            unsafe {
-                libc::pwrite(
-                    file.as_raw_fd(),
-                    from.plus(done).as_ptr().cast(),
-                    left,
-                    offset,
-                )
-            }
+            unsafe { libc::pwrite(file.as_raw_fd(), from.plus(done).as_ptr().cast(), left, offset) }
         })
     }
 }
@@ -223,8 +188,8 @@ fn all_of(
 ) -> io::Result<()> {
     let mut done = 0;
     while done < len_bytes {
-        let position = i64::try_from(offset + wide(done))
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let position =
+            i64::try_from(offset + wide(done)).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         match usize::try_from(transfer(done, len_bytes - done, position)) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(moved) => done += moved,

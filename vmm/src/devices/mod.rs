@@ -71,12 +71,7 @@ pub trait GuestRam: Send + Sync {
     ///
     /// # Errors
     /// [`RamError`], naming the page.
-    fn pin(
-        &self,
-        gpa: Gpa,
-        len_bytes: usize,
-        access: Access,
-    ) -> Result<Box<dyn PinnedRange>, RamError>;
+    fn pin(&self, gpa: Gpa, len_bytes: usize, access: Access) -> Result<Box<dyn PinnedRange>, RamError>;
 
     /// Reads a few bytes without a pin (a descriptor); the guest may be writing them.
     ///

@@ -74,17 +74,8 @@ impl From<RawState> for SerialState {
 
 impl From<&SerialState> for RawState {
     fn from(state: &SerialState) -> Self {
-        let [
-            low,
-            high,
-            enable,
-            identification,
-            line,
-            line_status,
-            modem,
-            modem_status,
-            scratch,
-        ] = state.registers;
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
+            state.registers;
         Self {
             baud_divisor_low: low,
             baud_divisor_high: high,
@@ -135,13 +126,8 @@ impl SerialPort {
     ) -> Result<Self, SerialStateError> {
         let raw = RawState::from(state);
         let serial = Serial::from_state(&raw, Line(interrupt), NoEvents, sink);
-        let serial = serial.map_err(|_| SerialStateError {
-            input_bytes: state.input.len(),
-        })?;
-        Ok(Self {
-            serial: Mutex::new(serial),
-            gate,
-        })
+        let serial = serial.map_err(|_| SerialStateError { input_bytes: state.input.len() })?;
+        Ok(Self { serial: Mutex::new(serial), gate })
     }
 
     /// A guest's read of port `SERIAL + offset`.
@@ -190,15 +176,8 @@ mod tests {
 
     #[test]
     fn output_goes_to_the_sink_and_input_with_an_interrupt_to_the_guest() {
-        let (gate, sink, line) = (
-            CompletionGate::new(),
-            SharedSink::default(),
-            CountingLine::new(),
-        );
-        let interrupt = Some(SerialInterrupt {
-            line: line.clone(),
-            vector: 0x24,
-        });
+        let (gate, sink, line) = (CompletionGate::new(), SharedSink::default(), CountingLine::new());
+        let interrupt = Some(SerialInterrupt { line: line.clone(), vector: 0x24 });
         let port = SerialPort::new(Box::new(sink.clone()), interrupt, gate);
         for byte in b"hello" {
             port.write(DATA, &[*byte]);
@@ -225,17 +204,9 @@ mod tests {
         let state: SerialState = postcard::from_bytes(&bytes).expect("just serialised");
 
         let (own, line) = (SharedSink::default(), CountingLine::new());
-        let interrupt = Some(SerialInterrupt {
-            line: line.clone(),
-            vector: 9,
-        });
-        let clone = SerialPort::restore(
-            &state,
-            Box::new(own.clone()),
-            interrupt,
-            CompletionGate::new(),
-        )
-        .expect("the state was just saved");
+        let interrupt = Some(SerialInterrupt { line: line.clone(), vector: 9 });
+        let clone = SerialPort::restore(&state, Box::new(own.clone()), interrupt, CompletionGate::new())
+            .expect("the state was just saved");
         assert_eq!(line.raised(9), 1, "the pending input is announced again");
         let mut read = [0];
         clone.read(SCRATCH, &mut read);
@@ -244,10 +215,7 @@ mod tests {
         assert_eq!(read, *b"x");
         clone.write(DATA, b"c");
         assert_eq!((own.bytes(), sink.bytes()), (b"c".to_vec(), Vec::new()));
-        let full = SerialState {
-            input: vec![0; 65],
-            ..state
-        };
+        let full = SerialState { input: vec![0; 65], ..state };
         assert!(SerialPort::restore(&full, Box::new(own), None, gate).is_err());
     }
 }

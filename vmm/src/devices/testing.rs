@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "tests play guest memory with a mapping of their own"
-)]
+#![expect(unsafe_code, reason = "tests play guest memory with a mapping of their own")]
 //! What the devices' tests stand on: guest memory in a plain mapping, extent files in memory, an
 //! interrupt line that counts, a sink that remembers.
 
@@ -47,12 +44,7 @@ impl TestRam {
         let first = unsafe { mmap_anonymous(std::ptr::null_mut(), len_bytes, protection, flags) };
         let first = AtomicPtr::new(first.expect("memory for a test").cast());
         let mapping = Arc::new(Mapping { first, len_bytes });
-        Self {
-            base,
-            mapping,
-            pins: Arc::default(),
-            refuse_pins: Mutex::new(false),
-        }
+        Self { base, mapping, pins: Arc::default(), refuse_pins: Mutex::new(false) }
     }
 
     /// Memory of the same size with the same bytes: a clone's, at a cut.
@@ -72,14 +64,12 @@ impl TestRam {
 
     pub(super) fn bytes(&self, gpa: u64, len_bytes: usize) -> Vec<u8> {
         let mut bytes = vec![0; len_bytes];
-        self.read(Gpa(gpa), &mut bytes)
-            .expect("inside the test's memory");
+        self.read(Gpa(gpa), &mut bytes).expect("inside the test's memory");
         bytes
     }
 
     pub(super) fn set(&self, gpa: u64, bytes: &[u8]) {
-        self.write(Gpa(gpa), bytes)
-            .expect("inside the test's memory");
+        self.write(Gpa(gpa), bytes).expect("inside the test's memory");
     }
 
     pub(super) fn load_u32(&self, gpa: u64) -> u32 {
@@ -93,11 +83,7 @@ impl TestRam {
         let limit = self.base + wide(self.mapping.len_bytes);
         if gpa.0 < self.base || end.is_none_or(|end| end > limit) {
             let gfn = gpa.max(Gpa(limit)).gfn();
-            return Err(RamError::OutOfRange {
-                gpa,
-                len_bytes,
-                gfn,
-            });
+            return Err(RamError::OutOfRange { gpa, len_bytes, gfn });
         }
         let first = HostAddress::new(self.mapping.first.load(Ordering::Relaxed));
         Ok(first.plus(index(gpa.0 - self.base)))
@@ -129,19 +115,11 @@ impl GuestRam for TestRam {
         let host = self.host(gpa, len_bytes)?;
         if *lock(&self.refuse_pins) {
             let reason = "refused by the test".to_owned();
-            return Err(RamError::Host {
-                gfn: gpa.gfn(),
-                reason,
-            });
+            return Err(RamError::Host { gfn: gpa.gfn(), reason });
         }
         self.pins.fetch_add(1, Ordering::Relaxed);
         let (pins, mapping) = (Arc::clone(&self.pins), Arc::clone(&self.mapping));
-        Ok(Box::new(TestPin {
-            host,
-            len_bytes,
-            pins,
-            _mapping: mapping,
-        }))
+        Ok(Box::new(TestPin { host, len_bytes, pins, _mapping: mapping }))
     }
 
     fn read(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), RamError> {
@@ -212,10 +190,7 @@ impl CountingLine {
     pub(super) fn wait(&self, vector: u8, count: usize) {
         let mut raised = lock(&self.raised);
         while raised.get(&vector).copied().unwrap_or(0) < count {
-            raised = self
-                .changed
-                .wait(raised)
-                .unwrap_or_else(PoisonError::into_inner);
+            raised = self.changed.wait(raised).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

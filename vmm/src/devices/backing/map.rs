@@ -30,10 +30,7 @@ impl Place {
     }
 }
 
-const NOWHERE: Place = Place {
-    file: NO_FILE,
-    extent: 0,
-};
+const NOWHERE: Place = Place { file: NO_FILE, extent: 0 };
 
 /// Consecutive blocks in consecutive extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,9 +52,7 @@ impl Map {
     /// A map of `blocks` blocks, all nowhere.
     pub(super) fn new(blocks: u64) -> Self {
         let chunks = index(blocks).div_ceil(CHUNK_BLOCKS);
-        Self {
-            chunks: Arc::new(vec![None; chunks]),
-        }
+        Self { chunks: Arc::new(vec![None; chunks]) }
     }
 
     pub(super) fn get(&self, block: u64) -> Place {
@@ -99,11 +94,7 @@ impl Map {
             {
                 last.blocks += 1;
             } else {
-                runs.push(Run {
-                    block,
-                    blocks: 1,
-                    place,
-                });
+                runs.push(Run { block, blocks: 1, place });
             }
         }
         runs
@@ -120,13 +111,7 @@ impl Map {
             }
             for n in 0..run.blocks {
                 let extent = run.place.extent + n;
-                map.set(
-                    run.block + u64::from(n),
-                    Place {
-                        extent,
-                        ..run.place
-                    },
-                );
+                map.set(run.block + u64::from(n), Place { extent, ..run.place });
             }
         }
         Ok(map)

@@ -46,12 +46,7 @@ impl ReadPlan {
     }
 
     /// Moves `[from, to)` of the transfer into `span`.
-    pub(in crate::devices) fn transfer(
-        &self,
-        span: &Span,
-        from: usize,
-        to: usize,
-    ) -> io::Result<()> {
+    pub(in crate::devices) fn transfer(&self, span: &Span, from: usize, to: usize) -> io::Result<()> {
         for (segment, at, len_bytes) in within(&self.segments, from, to) {
             match &segment.place {
                 Some((file, offset)) => {
@@ -80,12 +75,7 @@ impl WritePlan {
     }
 
     /// Moves `[from, to)` of the transfer out of `span`, to where no map looks yet.
-    pub(in crate::devices) fn transfer(
-        &self,
-        span: &Span,
-        from: usize,
-        to: usize,
-    ) -> io::Result<()> {
+    pub(in crate::devices) fn transfer(&self, span: &Span, from: usize, to: usize) -> io::Result<()> {
         for (segment, at, len_bytes) in within(&self.segments, from, to) {
             if let Some((file, offset)) = &segment.place {
                 span.write_file(at, len_bytes, file, offset + wide(at - segment.at))?;
@@ -142,12 +132,8 @@ pub(super) fn parts(offset: u64, len_bytes: usize) -> impl Iterator<Item = Part>
     std::iter::from_fn(move || {
         let position = offset + wide(at);
         let start = index(position % BLOCK);
-        let part = Part {
-            block: position / BLOCK,
-            start,
-            at,
-            len_bytes: (BLOCK_BYTES - start).min(len_bytes - at),
-        };
+        let part =
+            Part { block: position / BLOCK, start, at, len_bytes: (BLOCK_BYTES - start).min(len_bytes - at) };
         at += part.len_bytes;
         (part.len_bytes > 0).then_some(part)
     })
@@ -158,9 +144,7 @@ pub(super) fn push_joined(segments: &mut Vec<Segment>, segment: Segment) {
     if let Some(last) = segments.last_mut() {
         let joins = match (&last.place, &segment.place) {
             (None, None) => true,
-            (Some((a, from)), Some((b, to))) => {
-                Arc::ptr_eq(a, b) && from + wide(last.len_bytes) == *to
-            }
+            (Some((a, from)), Some((b, to))) => Arc::ptr_eq(a, b) && from + wide(last.len_bytes) == *to,
             _ => false,
         };
         if joins {
@@ -172,11 +156,7 @@ pub(super) fn push_joined(segments: &mut Vec<Segment>, segment: Segment) {
 }
 
 /// The segments that overlap `[from, to)`, with the overlap's first byte and length.
-fn within(
-    segments: &[Segment],
-    from: usize,
-    to: usize,
-) -> impl Iterator<Item = (&Segment, usize, usize)> {
+fn within(segments: &[Segment], from: usize, to: usize) -> impl Iterator<Item = (&Segment, usize, usize)> {
     segments.iter().filter_map(move |segment| {
         let start = segment.at.max(from);
         let end = (segment.at + segment.len_bytes).min(to);

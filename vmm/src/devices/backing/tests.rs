@@ -23,24 +23,19 @@ fn span(bytes: &[u8]) -> (TestRam, Span) {
     ram.set(0, bytes);
     let held = Arc::new(AtomicUsize::new(0));
     let buffer = Buffer::pin(&ram, Gpa(0), bytes.len(), Access::ReadWrite, &held);
-    let span = buffer
-        .expect("the range is memory")
-        .span(Gpa(0), bytes.len());
+    let span = buffer.expect("the range is memory").span(Gpa(0), bytes.len());
     (ram, span.expect("all of the buffer"))
 }
 
 fn begin_write(backing: &Arc<Backing>, offset: u64, bytes: &[u8]) -> WritePlan {
     let (_ram, span) = span(bytes);
     let plan = backing.plan_write(offset, bytes.len()).expect("in range");
-    plan.transfer(&span, 0, bytes.len())
-        .expect("the file takes it");
+    plan.transfer(&span, 0, bytes.len()).expect("the file takes it");
     plan
 }
 
 fn write(backing: &Arc<Backing>, offset: u64, bytes: &[u8]) {
-    begin_write(backing, offset, bytes)
-        .commit()
-        .expect("the file takes it");
+    begin_write(backing, offset, bytes).commit().expect("the file takes it");
 }
 
 fn end_read(plan: &ReadPlan, len_bytes: usize) -> Vec<u8> {
@@ -78,9 +73,7 @@ fn random_writes_in_flight_together_agree_with_a_plain_array() {
     // A fixed linear congruential sequence: reproducible, no dependency.
     let mut state = 7_u64;
     let mut random = move |below: u64| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (state >> 33) % below
     };
     let (files, mut backing) = empty();
@@ -110,11 +103,7 @@ fn random_writes_in_flight_together_agree_with_a_plain_array() {
         }
         let offset = random(BYTES - 5000);
         let start = index(offset);
-        assert_eq!(
-            read(&backing, offset, 5000),
-            model[start..start + 5000],
-            "round {round}"
-        );
+        assert_eq!(read(&backing, offset, 5000), model[start..start + 5000], "round {round}");
     }
     for (source, model) in clones {
         assert_eq!(read(&source, 0, model.len()), model);
@@ -149,17 +138,10 @@ fn overwriting_for_ever_does_not_grow_the_file() {
         let [byte, ..] = n.to_le_bytes();
         write(&backing, u64::from(n % 4) * 5000, &[byte; 6000]);
     }
-    assert!(
-        backing.own_blocks() <= 16,
-        "{} blocks",
-        backing.own_blocks()
-    );
+    assert!(backing.own_blocks() <= 16, "{} blocks", backing.own_blocks());
     drop(begin_write(&backing, 0, &[0; 4096]));
     assert!(backing.own_blocks() <= 16);
-    assert_eq!(
-        read(&backing, 15_000, 6000),
-        [9_999_u32.to_le_bytes()[0]; 6000]
-    );
+    assert_eq!(read(&backing, 15_000, 6000), [9_999_u32.to_le_bytes()[0]; 6000]);
 }
 
 #[test]
@@ -176,11 +158,7 @@ fn an_extent_is_not_reused_under_a_read() {
     for n in 0..10 {
         write(&backing, 4096, &[n; 4096]);
     }
-    assert_eq!(
-        backing.own_blocks(),
-        grown,
-        "the read's extent is free again"
-    );
+    assert_eq!(backing.own_blocks(), grown, "the read's extent is free again");
 }
 
 #[test]
@@ -197,10 +175,7 @@ fn a_base_shows_through_and_stays_as_it_is() {
     expected.resize(9000, 0);
     assert_eq!(read(&backing, 0, 9000), expected);
     let state = freeze(&backing);
-    assert!(matches!(
-        Backing::restore(&state, None, files.clone()),
-        Err(BackingError::Base { .. })
-    ));
+    assert!(matches!(Backing::restore(&state, None, files.clone()), Err(BackingError::Base { .. })));
     let clone = Backing::restore(&state, Some(copy(&base)), files).expect("all files are there");
     assert_eq!(read(&clone, 0, 9000), expected);
     let mut bytes = [0; 5000];
@@ -222,26 +197,10 @@ fn a_layer_that_no_block_needs_is_let_go() {
 
 #[test]
 fn a_damaged_state_is_refused() {
-    let wire = |bytes, runs| WireState {
-        bytes,
-        base_bytes: None,
-        files: vec![Some(ExtentFileId(0))],
-        runs,
-    };
-    let run = |block, blocks, file, extent| {
-        vec![Run {
-            block,
-            blocks,
-            place: Place { file, extent },
-        }]
-    };
+    let wire = |bytes, runs| WireState { bytes, base_bytes: None, files: vec![Some(ExtentFileId(0))], runs };
+    let run = |block, blocks, file, extent| vec![Run { block, blocks, place: Place { file, extent } }];
     assert!(BackingState::try_from(wire(8192, run(0, 2, 0, 5))).is_ok());
-    for runs in [
-        run(1, 2, 0, 0),
-        run(u64::MAX, 2, 0, 0),
-        run(0, 1, 1, 0),
-        run(0, 2, 0, u32::MAX),
-    ] {
+    for runs in [run(1, 2, 0, 0), run(u64::MAX, 2, 0, 0), run(0, 1, 1, 0), run(0, 2, 0, u32::MAX)] {
         assert!(BackingState::try_from(wire(8192, runs)).is_err());
     }
     assert!(BackingState::try_from(wire(u64::MAX, Vec::new())).is_err());

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "io_uring entries and registered buffers name memory by address"
-)]
+#![expect(unsafe_code, reason = "io_uring entries and registered buffers name memory by address")]
 //! Transfers by the host kernel: one thread that owns an io_uring with registered buffers.
 //!
 //! A buffer is registered when its first transfer arrives, and unregistered when it has no transfer
@@ -115,9 +112,7 @@ impl Shared {
 }
 
 fn spawn(shared: &Arc<Shared>) -> io::Result<Handle> {
-    let ring = IoUring::builder()
-        .setup_cqsize(COMPLETIONS)
-        .build(OPERATIONS as u32)?;
+    let ring = IoUring::builder().setup_cqsize(COMPLETIONS).build(OPERATIONS as u32)?;
     ring.submitter().register_buffers_sparse(BUFFERS)?;
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let inbox = Arc::new(Mutex::new(Vec::new()));
@@ -136,14 +131,8 @@ fn spawn(shared: &Arc<Shared>) -> io::Result<Handle> {
         armed: false,
         cancelled: false,
     };
-    let thread = Builder::new()
-        .name("dma-kernel".into())
-        .spawn(move || engine.run())?;
-    Ok(Handle {
-        inbox,
-        wake,
-        thread,
-    })
+    let thread = Builder::new().name("dma-kernel".into()).spawn(move || engine.run())?;
+    Ok(Handle { inbox, wake, thread })
 }
 
 /// A buffer in the ring's table.
@@ -262,25 +251,15 @@ impl Ring {
         let Some(number) = free else {
             return Ok(None);
         };
-        let vector = libc::iovec {
-            iov_base: buffer.host().as_ptr().cast(),
-            iov_len: buffer.len_bytes,
-        };
+        let vector = libc::iovec { iov_base: buffer.host().as_ptr().cast(), iov_len: buffer.len_bytes };
         // SAFETY: the range is pinned by `buffer`, which the registration holds until the kernel
         // has let go of it (its tag).
         unsafe {
             let submitter = self.ring.submitter();
-            submitter.register_buffers_update(
-                number,
-                &[vector],
-                Some(&[user_data(TAG, number)]),
-            )?;
+            submitter.register_buffers_update(number, &[vector], Some(&[user_data(TAG, number)]))?;
         }
-        self.registrations[number as usize] = Some(Registration {
-            buffer: Arc::clone(buffer),
-            transfers: 0,
-            leaving: false,
-        });
+        self.registrations[number as usize] =
+            Some(Registration { buffer: Arc::clone(buffer), transfers: 0, leaving: false });
         Ok(Some(number))
     }
 
@@ -300,12 +279,7 @@ impl Ring {
         if let Some(Some(r)) = self.registrations.get_mut(registration as usize) {
             r.transfers += 1;
         }
-        let transfer = Transfer {
-            request,
-            registration,
-            operations: pieces.len(),
-            failed: false,
-        };
+        let transfer = Transfer { request, registration, operations: pieces.len(), failed: false };
         self.transfers.insert(number, transfer);
         for mut piece in pieces {
             piece.transfer = number;
@@ -393,11 +367,7 @@ impl Ring {
     fn entry(&self, number: u32) -> Option<squeue::Entry> {
         let operation = self.operations.get(&number)?;
         let transfer = self.transfers.get(&operation.transfer)?;
-        let address = transfer
-            .request
-            .span()
-            .address(operation.at, operation.len_bytes)
-            .as_ptr();
+        let address = transfer.request.span().address(operation.at, operation.len_bytes).as_ptr();
         // A transfer has at most 1 MiB; the table has 64 places.
         let len_bytes = u32::try_from(operation.len_bytes).ok()?;
         let buffer = u16::try_from(transfer.registration).ok()?;
@@ -420,11 +390,8 @@ impl Ring {
     }
 
     fn reap(&mut self) {
-        let completions: Vec<(u64, i32)> = self
-            .ring
-            .completion()
-            .map(|completion| (completion.user_data(), completion.result()))
-            .collect();
+        let completions: Vec<(u64, i32)> =
+            self.ring.completion().map(|completion| (completion.user_data(), completion.result())).collect();
         for (data, result) in completions {
             let [low, high] = [data & u64::from(u32::MAX), data >> KIND_SHIFT];
             let number = u32::try_from(low).unwrap_or(u32::MAX);
@@ -459,9 +426,7 @@ impl Ring {
         let Some(transfer) = self.transfers.get_mut(&operation.transfer) else {
             return;
         };
-        let moved = usize::try_from(result)
-            .unwrap_or(0)
-            .min(operation.len_bytes);
+        let moved = usize::try_from(result).unwrap_or(0).min(operation.len_bytes);
         transfer.request.moved_bytes += moved;
         let retry = result == -libc::EINTR || (moved > 0 && moved < operation.len_bytes);
         if retry && !self.cancelled {
@@ -500,11 +465,7 @@ impl Ring {
             r.transfers -= 1;
         }
         if !self.cancelled {
-            let status = if transfer.failed {
-                status::FAILED
-            } else {
-                status::OK
-            };
+            let status = if transfer.failed { status::FAILED } else { status::OK };
             self.shared.finish(transfer.request, status);
         }
         self.release_idle();
@@ -530,16 +491,10 @@ impl Ring {
             if !idle || in_slots.contains(&registration.buffer.id) {
                 continue;
             }
-            let none = libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            };
+            let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
             // SAFETY: an empty entry takes a buffer out of the table; nothing new is registered.
-            let result = unsafe {
-                self.ring
-                    .submitter()
-                    .register_buffers_update(number, &[none], Some(&[0]))
-            };
+            let result =
+                unsafe { self.ring.submitter().register_buffers_update(number, &[none], Some(&[0])) };
             match result {
                 Ok(()) => registration.leaving = true,
                 Err(error) => {
@@ -558,12 +513,8 @@ impl Ring {
         }
         self.cancelled = true;
         let unsubmitted = std::mem::take(&mut self.unsubmitted);
-        self.to_cancel = self
-            .operations
-            .keys()
-            .copied()
-            .filter(|number| !unsubmitted.contains(number))
-            .collect();
+        self.to_cancel =
+            self.operations.keys().copied().filter(|number| !unsubmitted.contains(number)).collect();
         for number in unsubmitted {
             if let Some(operation) = self.operations.remove(&number) {
                 self.operation_ended(operation.transfer);
@@ -575,7 +526,5 @@ impl Ring {
 /// Whether the kernel asks to try again.
 fn is_passing(error: &io::Error) -> bool {
     let code = error.raw_os_error();
-    [libc::EINTR, libc::EAGAIN, libc::EBUSY]
-        .map(Some)
-        .contains(&code)
+    [libc::EINTR, libc::EAGAIN, libc::EBUSY].map(Some).contains(&code)
 }

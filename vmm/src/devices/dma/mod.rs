@@ -172,9 +172,7 @@ impl DmaEngine {
         });
         let core = Core {
             registers: state.registers,
-            slots: state
-                .buffers
-                .map(|buffer| buffer.map_or(Slot::Free, Slot::Restoring)),
+            slots: state.buffers.map(|buffer| buffer.map_or(Slot::Free, Slot::Restoring)),
             in_flight: in_flight.collect(),
             storing: 0,
             live: false,
@@ -196,11 +194,7 @@ impl DmaEngine {
             failed: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };
-        Self {
-            shared: Arc::new(shared),
-            doorbell: Mutex::new(()),
-            threads: Mutex::default(),
-        }
+        Self { shared: Arc::new(shared), doorbell: Mutex::new(()), threads: Mutex::default() }
     }
 
     /// Begins work: pins the registered buffers again and issues the uncompleted requests, on the
@@ -212,10 +206,7 @@ impl DmaEngine {
     pub fn start(&self) -> std::io::Result<()> {
         {
             let mut core = lock(&self.shared.core);
-            let no_buffers = !core
-                .slots
-                .iter()
-                .any(|slot| matches!(slot, Slot::Restoring(_)));
+            let no_buffers = !core.slots.iter().any(|slot| matches!(slot, Slot::Restoring(_)));
             // An idle engine costs its clone no threads.
             core.live |= no_buffers && core.in_flight.is_empty();
             if core.live {
@@ -233,10 +224,7 @@ impl DmaEngine {
     /// If `held` holds the gate of another VM.
     #[must_use]
     pub fn save(&self, held: &HeldGate) -> DmaState {
-        assert!(
-            held.holds(&self.shared.gate),
-            "the held gate is another VM's"
-        );
+        assert!(held.holds(&self.shared.gate), "the held gate is another VM's");
         let core = lock(&self.shared.core);
         let on_pipe = !matches!(self.shared.backing, BackingKind::Storage(_));
         let saved = |(number, request): (&u64, &InFlight)| {
@@ -250,10 +238,7 @@ impl DmaEngine {
             buffers: std::array::from_fn(|slot| match &core.slots[slot] {
                 Slot::Free | Slot::Registering => None,
                 Slot::Restoring(buffer) => Some(*buffer),
-                Slot::Ready(buffer) => Some(SavedBuffer {
-                    gpa: buffer.gpa,
-                    len_bytes: buffer.len_bytes,
-                }),
+                Slot::Ready(buffer) => Some(SavedBuffer { gpa: buffer.gpa, len_bytes: buffer.len_bytes }),
             }),
         }
     }

@@ -135,8 +135,8 @@ impl DmaEngine {
         for n in 0..count {
             let number = registers.tail.wrapping_add(n);
             let mut bytes = [0; DESCRIPTOR_BYTES];
-            let read = entry(&registers, number)
-                .is_some_and(|gpa| self.shared.ram.read(gpa, &mut bytes).is_ok());
+            let read =
+                entry(&registers, number).is_some_and(|gpa| self.shared.ram.read(gpa, &mut bytes).is_ok());
             if read {
                 self.take(number, &bytes);
             } else {
@@ -157,12 +157,7 @@ impl DmaEngine {
             Some(Slot::Ready(buffer)) if registered => Some(buffer.clone()),
             _ => None,
         };
-        let request = InFlight {
-            descriptor,
-            buffer,
-            detached: false,
-            lost: false,
-        };
+        let request = InFlight { descriptor, buffer, detached: false, lost: false };
         core.in_flight.insert(number, request);
         if core.live {
             drop(core);
@@ -182,13 +177,7 @@ impl DmaEngine {
                 return Err(error::VALUE);
             }
             core.slots[slot] = Slot::Registering;
-            (
-                slot,
-                SavedBuffer {
-                    gpa: Gpa(base),
-                    len_bytes: index(length),
-                },
-            )
+            (slot, SavedBuffer { gpa: Gpa(base), len_bytes: index(length) })
         };
         let (shared, access) = (&self.shared, Access::ReadWrite);
         let ram = shared.ram.as_ref();
@@ -228,10 +217,7 @@ impl DmaEngine {
 }
 
 fn slot_number(value: u64) -> Result<usize, u64> {
-    usize::try_from(value)
-        .ok()
-        .filter(|slot| *slot < BUFFER_SLOTS)
-        .ok_or(error::SLOT)
+    usize::try_from(value).ok().filter(|slot| *slot < BUFFER_SLOTS).ok_or(error::SLOT)
 }
 
 /// Writes a register that only holds a value.

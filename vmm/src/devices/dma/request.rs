@@ -73,30 +73,17 @@ pub(super) fn check(descriptor: &Descriptor) -> Result<Order, u32> {
     let length = u64::from(descriptor.length);
     if source.checked_add(length).is_none() || destination.checked_add(length).is_none() {
         let known = (operation::READ..=operation::COPY).contains(&descriptor.operation);
-        return Err(if known {
-            status::OUT_OF_RANGE
-        } else {
-            status::INVALID
-        });
+        return Err(if known { status::OUT_OF_RANGE } else { status::INVALID });
     }
     match descriptor.operation {
-        operation::READ => Ok(Order::Read {
-            offset: source,
-            to: Gpa(destination),
-        }),
-        operation::WRITE => Ok(Order::Write {
-            from: Gpa(source),
-            offset: destination,
-        }),
+        operation::READ => Ok(Order::Read { offset: source, to: Gpa(destination) }),
+        operation::WRITE => Ok(Order::Write { from: Gpa(source), offset: destination }),
         operation::COPY => {
             let overlap = source < destination + length && destination < source + length;
             if overlap || flags & flag::KERNEL != 0 {
                 return Err(status::INVALID);
             }
-            Ok(Order::Copy {
-                from: Gpa(source),
-                to: Gpa(destination),
-            })
+            Ok(Order::Copy { from: Gpa(source), to: Gpa(destination) })
         }
         _ => Err(status::INVALID),
     }
@@ -180,10 +167,7 @@ impl Request {
             match &self.work {
                 Work::Read { plan, to: span } => plan.transfer(span, from, to)?,
                 Work::Write { plan, from: span } => plan.transfer(span, from, to)?,
-                Work::Copy {
-                    from: source,
-                    to: span,
-                } => span.copy_from(source, from, to - from),
+                Work::Copy { from: source, to: span } => span.copy_from(source, from, to - from),
                 Work::Pipe { .. } => return Err(io::ErrorKind::Unsupported.into()),
             }
             self.moved_bytes = to;
@@ -205,7 +189,5 @@ pub(super) fn duration(delay_us: u64, rate: u64, len_bytes: usize) -> Duration {
     }
     // At most 1 MiB at 1 byte a second: far inside u64 nanoseconds.
     let nanos = u128::from(wide(len_bytes)) * 1_000_000_000 / u128::from(rate);
-    delay.max(Duration::from_nanos(
-        u64::try_from(nanos).unwrap_or(u64::MAX),
-    ))
+    delay.max(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
 }

@@ -68,12 +68,7 @@ impl SavedRequest {
             d.cookie,
             d.padding,
         );
-        Self {
-            number,
-            descriptor,
-            detached,
-            lost,
-        }
+        Self { number, descriptor, detached, lost }
     }
 
     /// The descriptor, with neither result nor status.

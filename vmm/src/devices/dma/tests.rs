@@ -81,14 +81,7 @@ impl Machine {
         let ram = Arc::new(TestRam::new(RAM_BASE, RAM_PAGES));
         let (line, gate) = (CountingLine::new(), CompletionGate::new());
         let engine = DmaEngine::new(ram.clone(), line.clone(), backing.clone(), gate.clone());
-        let machine = Self {
-            ram,
-            line,
-            gate,
-            files,
-            backing,
-            engine,
-        };
+        let machine = Self { ram, line, gate, files, backing, engine };
         machine.set(register::RING_BASE, RING);
         machine.set(register::RING_ENTRIES, ENTRIES);
         machine.set(register::INTERRUPT, u64::from(VECTOR) | 0x100);
@@ -114,20 +107,17 @@ impl Machine {
     /// Puts a descriptor into the ring and rings. Returns its number.
     fn submit(&self, descriptor: &Descriptor) -> u64 {
         let number = self.get(register::DOORBELL);
-        self.ram
-            .set(RING + number % ENTRIES * 64, &encode(descriptor));
+        self.ram.set(RING + number % ENTRIES * 64, &encode(descriptor));
         self.set(register::DOORBELL, number + 1);
         number
     }
 
     fn status(&self, number: u64) -> u32 {
-        self.ram
-            .load_u32(RING + number % ENTRIES * 64 + request::STATUS_OFFSET)
+        self.ram.load_u32(RING + number % ENTRIES * 64 + request::STATUS_OFFSET)
     }
 
     fn result(&self, number: u64) -> u32 {
-        self.ram
-            .load_u32(RING + number % ENTRIES * 64 + request::RESULT_OFFSET)
+        self.ram.load_u32(RING + number % ENTRIES * 64 + request::RESULT_OFFSET)
     }
 
     /// Waits for `count` completions in all.
@@ -173,11 +163,7 @@ fn write_then_read(machine: &Machine, flags: u16) {
     let mut expected = vec![0; 12_345];
     expected.extend(&bytes[..20_000 - 12_345]);
     assert_eq!(machine.ram.bytes(DATA, 20_000), expected);
-    let counters = DmaCounters {
-        transfers: 3,
-        failed: 0,
-        bytes: 620_002,
-    };
+    let counters = DmaCounters { transfers: 3, failed: 0, bytes: 620_002 };
     assert_eq!(machine.engine.counters(), counters);
     assert_eq!(machine.get(register::COMPLETED), 3);
 }
@@ -234,26 +220,11 @@ fn copies_within_the_guest() {
     assert_eq!(machine.run(&copy), status::OK);
     assert_eq!(machine.ram.bytes(DATA + 200_003, bytes.len()), bytes);
     // One side in a registered buffer, the other one pinned for the transfer.
-    assert_eq!(
-        machine.register_buffer(0, DATA + 0x8_0000, 0x2_0000),
-        error::NONE
-    );
-    let copy = descriptor(
-        operation::COPY,
-        flag::REGISTERED,
-        100_000,
-        DATA + 1,
-        DATA + 0x8_0007,
-    );
+    assert_eq!(machine.register_buffer(0, DATA + 0x8_0000, 0x2_0000), error::NONE);
+    let copy = descriptor(operation::COPY, flag::REGISTERED, 100_000, DATA + 1, DATA + 0x8_0007);
     assert_eq!(machine.run(&copy), status::OK);
     assert_eq!(machine.ram.bytes(DATA + 0x8_0007, bytes.len()), bytes);
-    let copy = descriptor(
-        operation::COPY,
-        flag::REGISTERED,
-        100_000,
-        DATA + 1,
-        DATA + 200_003,
-    );
+    let copy = descriptor(operation::COPY, flag::REGISTERED, 100_000, DATA + 1, DATA + 200_003);
     assert_eq!(machine.run(&copy), status::OUT_OF_RANGE);
     let overlapping = descriptor(operation::COPY, 0, 100_000, DATA, DATA + 99_999);
     assert_eq!(machine.run(&overlapping), status::INVALID);
@@ -286,31 +257,16 @@ fn wrong_descriptors_get_their_status() {
         };
         assert_eq!(change(&unregistered), status::INVALID);
     }
-    for offset in [
-        BACKING_BYTES - 4095,
-        BACKING_BYTES,
-        u64::MAX,
-        u64::MAX - 4095,
-    ] {
+    for offset in [BACKING_BYTES - 4095, BACKING_BYTES, u64::MAX, u64::MAX - 4095] {
         assert_eq!(change(&|d| d.source = offset), status::OUT_OF_RANGE);
     }
-    for gpa in [
-        0,
-        RAM_BASE - 1,
-        RAM_END - 4095,
-        RAM_END,
-        u64::MAX,
-        u64::MAX - 4095,
-    ] {
+    for gpa in [0, RAM_BASE - 1, RAM_END - 4095, RAM_END, u64::MAX, u64::MAX - 4095] {
         assert_eq!(change(&|d| d.destination = gpa), status::OUT_OF_RANGE);
         assert_eq!(
             change(&|d| (d.operation, d.source, d.destination) = (operation::WRITE, gpa, 0)),
             status::OUT_OF_RANGE
         );
-        assert_eq!(
-            change(&|d| (d.operation, d.source) = (operation::COPY, gpa)),
-            status::OUT_OF_RANGE
-        );
+        assert_eq!(change(&|d| (d.operation, d.source) = (operation::COPY, gpa)), status::OUT_OF_RANGE);
         assert_eq!(
             change(&|d| (d.flags, d.destination) = (flag::KERNEL | flag::INTERRUPT, gpa)),
             status::OUT_OF_RANGE
@@ -332,16 +288,8 @@ fn wrong_register_accesses_change_nothing() {
     let refused = |register, value, expected| {
         let before = machine.get(register);
         machine.set(register, value);
-        assert_eq!(
-            machine.get(register::ERROR),
-            expected,
-            "{register:#x} {value:#x}"
-        );
-        assert_eq!(
-            machine.get(register::ERROR),
-            error::NONE,
-            "reading clears it"
-        );
+        assert_eq!(machine.get(register::ERROR), expected, "{register:#x} {value:#x}");
+        assert_eq!(machine.get(register::ERROR), error::NONE, "reading clears it");
         assert_eq!(machine.get(register), before);
     };
     refused(register::RING_BASE, 32, error::VALUE);
@@ -356,12 +304,7 @@ fn wrong_register_accesses_change_nothing() {
     for tail in [ENTRIES + 1, u64::MAX, 1 << 32] {
         refused(register::DOORBELL, tail, error::VALUE);
     }
-    for read_only in [
-        register::IDENTITY,
-        register::COMPLETED,
-        register::BACKING_BYTES,
-        0x70,
-    ] {
+    for read_only in [register::IDENTITY, register::COMPLETED, register::BACKING_BYTES, 0x70] {
         refused(read_only, 1, error::VALUE);
     }
     refused(register::BUFFER_UNREGISTER, 0, error::SLOT);
@@ -370,19 +313,12 @@ fn wrong_register_accesses_change_nothing() {
     assert_eq!(machine.register_buffer(u64::MAX, DATA, 4096), error::SLOT);
     assert_eq!(machine.register_buffer(1, DATA, 0), error::VALUE);
     assert_eq!(machine.register_buffer(1, RAM_END - 4096, 8192), error::PIN);
-    assert_eq!(
-        machine.register_buffer(1, 0u64.wrapping_sub(4096), 4096),
-        error::VALUE
-    );
+    assert_eq!(machine.register_buffer(1, 0u64.wrapping_sub(4096), 4096), error::VALUE);
     assert_eq!(machine.register_buffer(1, DATA, 4096), error::NONE);
     assert_eq!(machine.register_buffer(1, DATA, 4096), error::SLOT);
     for len_bytes in [0, 1, 2, 3, 5, 16] {
-        machine
-            .engine
-            .mmio_write(register::RATE, &vec![1; len_bytes]);
-        machine
-            .engine
-            .mmio_read(register::RATE, &mut vec![1; len_bytes]);
+        machine.engine.mmio_write(register::RATE, &vec![1; len_bytes]);
+        machine.engine.mmio_read(register::RATE, &mut vec![1; len_bytes]);
     }
     machine.engine.mmio_write(register::RATE + 1, &[1; 8]);
     machine.engine.mmio_write(register::RATE + 2, &[1; 4]);
@@ -395,12 +331,8 @@ fn wrong_register_accesses_change_nothing() {
 #[test]
 fn registers_can_be_reached_by_halves() {
     let machine = Machine::new();
-    machine
-        .engine
-        .mmio_write(register::RATE, &0x5566_7788_u32.to_le_bytes());
-    machine
-        .engine
-        .mmio_write(register::RATE + 4, &0x1122_3344_u32.to_le_bytes());
+    machine.engine.mmio_write(register::RATE, &0x5566_7788_u32.to_le_bytes());
+    machine.engine.mmio_write(register::RATE + 4, &0x1122_3344_u32.to_le_bytes());
     assert_eq!(machine.get(register::RATE), 0x1122_3344_5566_7788);
     let mut half = [0; 4];
     machine.engine.mmio_read(register::RATE + 4, &mut half);
@@ -408,9 +340,7 @@ fn registers_can_be_reached_by_halves() {
     machine.set(register::RATE, 0);
     let bytes = encode(&descriptor(operation::READ, 0, 1, 0, DATA));
     machine.ram.set(RING, &bytes);
-    machine
-        .engine
-        .mmio_write(register::DOORBELL, &1_u32.to_le_bytes());
+    machine.engine.mmio_write(register::DOORBELL, &1_u32.to_le_bytes());
     machine.wait(1);
     assert_eq!(machine.status(0), status::OK);
 }
@@ -427,10 +357,7 @@ fn a_ring_outside_memory_is_an_error_and_not_the_end() {
     }
     machine.set(register::RING_BASE, RING);
     machine.set(register::RING_ENTRIES, ENTRIES);
-    assert_eq!(
-        machine.run(&descriptor(operation::READ, 0, 1, 0, DATA)),
-        status::OK
-    );
+    assert_eq!(machine.run(&descriptor(operation::READ, 0, 1, 0, DATA)), status::OK);
 }
 
 #[test]
@@ -528,26 +455,17 @@ fn durations_and_steps() {
         moved_bytes: 0,
         began,
         duration: Duration::from_secs(16),
-        work: request::Work::Copy {
-            from: span(0),
-            to: span(0x2_0000),
-        },
+        work: request::Work::Copy { from: span(0), to: span(0x2_0000) },
     };
     // 16 chunks of 4096 bytes: one a second.
     request.step(began).expect("memory to memory");
     assert_eq!(request.moved_bytes, 0);
     assert_eq!(request.next_due(), began + Duration::from_secs(1));
-    request
-        .step(began + Duration::from_millis(3500))
-        .expect("memory to memory");
+    request.step(began + Duration::from_millis(3500)).expect("memory to memory");
     assert_eq!(request.moved_bytes, 3 * 4096);
     assert_eq!(ram.bytes(0x2_0000 + 3 * 4096 - 1, 2), [1, 0]);
-    request
-        .step(began + Duration::from_millis(15_999))
-        .expect("memory to memory");
+    request.step(began + Duration::from_millis(15_999)).expect("memory to memory");
     assert!(!request.is_moved());
-    request
-        .step(began + Duration::from_secs(16))
-        .expect("memory to memory");
+    request.step(began + Duration::from_secs(16)).expect("memory to memory");
     assert!(request.is_moved());
 }

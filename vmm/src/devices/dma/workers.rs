@@ -89,20 +89,13 @@ impl PartialEq for Timed {
 impl Eq for Timed {}
 
 /// Starts the threads that are not there yet: the completer first.
-pub(super) fn spawn(
-    shared: &Arc<Shared>,
-    threads: &mut Vec<JoinHandle<()>>,
-) -> std::io::Result<()> {
+pub(super) fn spawn(shared: &Arc<Shared>, threads: &mut Vec<JoinHandle<()>>) -> std::io::Result<()> {
     while threads.len() <= WORKERS {
         let shared = Arc::clone(shared);
         let thread = if threads.is_empty() {
-            Builder::new()
-                .name("dma-completer".into())
-                .spawn(move || shared.complete_all())
+            Builder::new().name("dma-completer".into()).spawn(move || shared.complete_all())
         } else {
-            Builder::new()
-                .name("dma-worker".into())
-                .spawn(move || shared.work())
+            Builder::new().name("dma-worker".into()).spawn(move || shared.work())
         };
         threads.push(thread?);
     }
@@ -196,14 +189,10 @@ impl Shared {
             if core.live {
                 return;
             }
-            let next = core
-                .slots
-                .iter()
-                .enumerate()
-                .find_map(|(number, slot)| match slot {
-                    Slot::Restoring(saved) => Some((number, *saved)),
-                    _ => None,
-                });
+            let next = core.slots.iter().enumerate().find_map(|(number, slot)| match slot {
+                Slot::Restoring(saved) => Some((number, *saved)),
+                _ => None,
+            });
             let Some((number, saved)) = next else {
                 core.live = true;
                 let numbers: Vec<u64> = core.in_flight.keys().copied().collect();
@@ -246,11 +235,7 @@ impl Shared {
             let (delay_us, rate) = (core.registers.delay_us, core.registers.rate);
             let duration = request::duration(delay_us, rate, index(descriptor.length.into()));
             drop(core);
-            (
-                descriptor,
-                self.prepare(&descriptor, &sides)
-                    .map(|work| (work, duration)),
-            )
+            (descriptor, self.prepare(&descriptor, &sides).map(|work| (work, duration)))
         };
         match prepared {
             Ok((work, duration)) => self.requeue(Box::new(Request {
@@ -262,12 +247,7 @@ impl Shared {
                 duration,
                 work,
             })),
-            Err(status) => self.end(Outcome {
-                number,
-                flags: descriptor.flags,
-                status,
-                request: None,
-            }),
+            Err(status) => self.end(Outcome { number, flags: descriptor.flags, status, request: None }),
         }
     }
 
@@ -289,16 +269,12 @@ impl Shared {
                 Ok(Work::Copy { from, to })
             }
             (request::Order::Read { offset, to }, BackingKind::Storage(backing)) => {
-                let plan = backing
-                    .plan_read(offset, len_bytes)
-                    .map_err(backing_status)?;
+                let plan = backing.plan_read(offset, len_bytes).map_err(backing_status)?;
                 let to = self.pin(sides, to, len_bytes, Access::ReadWrite)?;
                 Ok(Work::Read { plan, to })
             }
             (request::Order::Write { from, offset }, BackingKind::Storage(backing)) => {
-                let plan = backing
-                    .plan_write(offset, len_bytes)
-                    .map_err(backing_status)?;
+                let plan = backing.plan_write(offset, len_bytes).map_err(backing_status)?;
                 let from = self.pin(sides, from, len_bytes, Access::Read)?;
                 Ok(Work::Write { plan, from })
             }
@@ -307,11 +283,7 @@ impl Shared {
                 request::Order::Read { to: guest, .. } | request::Order::Write { from: guest, .. },
                 BackingKind::Pipe(..),
             ) => {
-                let access = if read {
-                    Access::ReadWrite
-                } else {
-                    Access::Read
-                };
+                let access = if read { Access::ReadWrite } else { Access::Read };
                 let span = self.pin(sides, guest, len_bytes, access)?;
                 Ok(Work::Pipe { span, read })
             }
@@ -334,13 +306,7 @@ impl Shared {
     }
 
     /// Both sides of a COPY: one at least is in the registered buffer, if there is one.
-    fn pin_copy(
-        &self,
-        sides: &Sides,
-        from: Gpa,
-        to: Gpa,
-        len_bytes: usize,
-    ) -> Result<(Span, Span), u32> {
+    fn pin_copy(&self, sides: &Sides, from: Gpa, to: Gpa, len_bytes: usize) -> Result<(Span, Span), u32> {
         let inside = |gpa| sides.buffer.as_ref().and_then(|b| b.span(gpa, len_bytes));
         let (source, destination) = match (sides.registered, &sides.buffer) {
             (true, None) => return Err(status::INVALID),
@@ -375,12 +341,7 @@ impl Shared {
     /// The data of `request` is in place, or never will be.
     pub(super) fn finish(&self, request: Box<Request>, status: u32) {
         let (number, flags) = (request.number, request.flags);
-        self.end(Outcome {
-            number,
-            flags,
-            status,
-            request: Some(request),
-        });
+        self.end(Outcome { number, flags, status, request: Some(request) });
     }
 
     fn end(&self, outcome: Outcome) {
@@ -424,9 +385,7 @@ impl Shared {
             // A transfer has at most 1 MiB.
             let result = u32::try_from(moved_bytes).unwrap_or(u32::MAX);
             let place = |offset| Gpa(gpa.0.saturating_add(offset));
-            let written = self
-                .ram
-                .write(place(request::RESULT_OFFSET), &result.to_le_bytes());
+            let written = self.ram.write(place(request::RESULT_OFFSET), &result.to_le_bytes());
             let stored = self.ram.store_u32(place(request::STATUS_OFFSET), status);
             written.is_ok() && stored.is_ok()
         });
@@ -439,10 +398,7 @@ impl Shared {
             if !stored {
                 core.registers.error = error::VALUE;
             }
-            (
-                core.registers.interrupt,
-                core.in_flight.remove(&outcome.number),
-            )
+            (core.registers.interrupt, core.in_flight.remove(&outcome.number))
         };
         if outcome.flags & flag::INTERRUPT != 0 && interrupt & 0x100 != 0 {
             let [vector, ..] = interrupt.to_le_bytes();
@@ -489,10 +445,7 @@ impl Sides {
 }
 
 /// What is pinned and planned still when a request is completed.
-struct Remains(
-    #[expect(dead_code)] Option<Work>,
-    #[expect(dead_code)] Option<Span>,
-);
+struct Remains(#[expect(dead_code)] Option<Work>, #[expect(dead_code)] Option<Span>);
 
 /// Makes a finished write part of the backing. Returns the request's status.
 fn commit(request: Request, status: u32) -> (u32, Remains) {

@@ -33,14 +33,7 @@ impl Machine {
         let (line, gate) = (CountingLine::new(), CompletionGate::new());
         let (memory, interrupt) = (ram.clone(), line.clone());
         let engine = DmaEngine::restore(&state, memory, interrupt, backing.clone(), gate.clone());
-        Machine {
-            ram,
-            line,
-            gate,
-            files,
-            backing,
-            engine,
-        }
+        Machine { ram, line, gate, files, backing, engine }
     }
 
     fn read_back(&self, offset: u64, len_bytes: u32) -> Vec<u8> {
@@ -56,8 +49,8 @@ impl Machine {
 }
 
 fn pipe() -> (File, File) {
-    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .expect("two descriptors for a test");
+    let (read, write) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("two descriptors for a test");
     (read.into(), write.into())
 }
 
@@ -73,10 +66,7 @@ fn with_the_gate_held_data_lands_and_nothing_is_completed() {
     let machine = Machine::new();
     let bytes = pattern(5, 70_000);
     machine.ram.set(DATA, &bytes);
-    assert_eq!(
-        machine.run(&descriptor(operation::WRITE, 0, 70_000, DATA, 0)),
-        status::OK
-    );
+    assert_eq!(machine.run(&descriptor(operation::WRITE, 0, 70_000, DATA, 0)), status::OK);
     for (n, flags) in [(0, 0), (1, flag::KERNEL)] {
         let held = machine.gate.hold();
         let to = DATA + 0x4_0000 * (n + 1);
@@ -93,30 +83,19 @@ fn with_the_gate_held_data_lands_and_nothing_is_completed() {
         assert_eq!(machine.engine.save(&held).requests.len(), 2);
         drop(held);
         machine.wait(second + 1);
-        assert_eq!(
-            (machine.status(first), machine.status(second)),
-            (status::OK, status::OK)
-        );
+        assert_eq!((machine.status(first), machine.status(second)), (status::OK, status::OK));
         assert_eq!(machine.get(register::COMPLETED), second + 1);
     }
 }
 
 #[test]
 fn both_sides_of_a_fork_complete_what_was_in_flight() {
-    for flags in [
-        0,
-        flag::KERNEL,
-        flag::REGISTERED,
-        flag::REGISTERED | flag::KERNEL,
-    ] {
+    for flags in [0, flag::KERNEL, flag::REGISTERED, flag::REGISTERED | flag::KERNEL] {
         let source = Machine::new();
         assert_eq!(source.register_buffer(0, DATA, 0x10_0000), error::NONE);
         let (old, new) = (pattern(1, 50_000), pattern(2, 50_000));
         source.ram.set(DATA, &old);
-        assert_eq!(
-            source.run(&descriptor(operation::WRITE, flags, 50_000, DATA, 0)),
-            status::OK
-        );
+        assert_eq!(source.run(&descriptor(operation::WRITE, flags, 50_000, DATA, 0)), status::OK);
 
         let held = source.gate.hold();
         source.ram.set(DATA, &new);
@@ -127,10 +106,7 @@ fn both_sides_of_a_fork_complete_what_was_in_flight() {
         let clone = source.fork(&held, None);
         drop(held);
         source.wait(3);
-        assert_eq!(
-            (source.status(read), source.status(write)),
-            (status::OK, status::OK)
-        );
+        assert_eq!((source.status(read), source.status(write)), (status::OK, status::OK));
 
         // The clone's memory is its own from the cut on: its transfers use that.
         let own = pattern(4, 50_000);
@@ -141,16 +117,9 @@ fn both_sides_of_a_fork_complete_what_was_in_flight() {
         assert_eq!(clone.status(write), status::PENDING);
         clone.engine.start().expect("threads for a test");
         clone.wait(2);
-        assert_eq!(
-            (clone.status(read), clone.status(write)),
-            (status::OK, status::OK)
-        );
+        assert_eq!((clone.status(read), clone.status(write)), (status::OK, status::OK));
         assert_eq!(clone.get(register::COMPLETED), 3);
-        assert_eq!(
-            clone.ram.bytes(DATA + 0x4_0000, old.len()),
-            old,
-            "read from the frozen disk"
-        );
+        assert_eq!(clone.ram.bytes(DATA + 0x4_0000, old.len()), old, "read from the frozen disk");
 
         for (machine, written) in [(&source, &new), (&clone, &own)] {
             let mut expected = old[..777].to_vec();
@@ -173,10 +142,7 @@ fn machine_pins(machine: &Machine, expected: usize) {
 fn a_write_that_completes_after_the_cut_is_not_on_the_clones_disk() {
     let source = Machine::new();
     source.ram.set(DATA, &[1; 8192]);
-    assert_eq!(
-        source.run(&descriptor(operation::WRITE, 0, 8192, DATA, 0)),
-        status::OK
-    );
+    assert_eq!(source.run(&descriptor(operation::WRITE, 0, 8192, DATA, 0)), status::OK);
     source.ram.set(DATA, &[2; 8192]);
     let held = source.gate.hold();
     source.submit(&descriptor(operation::WRITE, 0, 8192, DATA, 0));
@@ -190,10 +156,7 @@ fn a_write_that_completes_after_the_cut_is_not_on_the_clones_disk() {
     assert_eq!(source.read_back(0, 8192), [2; 8192]);
     clone.engine.start().expect("threads for a test");
     assert_eq!(clone.read_back(0, 8192), [1; 8192]);
-    assert_eq!(
-        source.run(&descriptor(operation::WRITE, 0, 8192, DATA + 0x2_0000, 0)),
-        status::OK
-    );
+    assert_eq!(source.run(&descriptor(operation::WRITE, 0, 8192, DATA + 0x2_0000, 0)), status::OK);
     assert_eq!(clone.read_back(0, 8192), [1; 8192]);
 }
 
@@ -204,13 +167,7 @@ fn delayed_transfers_begin_anew_in_the_clone() {
     source.ram.set(DATA, &bytes);
     source.set(register::DELAY_US, FOREVER_US);
     source.submit(&descriptor(operation::WRITE, 0, 1 << 20, DATA, 4096));
-    source.submit(&descriptor(
-        operation::COPY,
-        0,
-        4096,
-        DATA,
-        DATA + 0x20_0000,
-    ));
+    source.submit(&descriptor(operation::COPY, 0, 4096, DATA, DATA + 0x20_0000));
     source.until(|m| m.engine.pins_held() == 3);
     let held = source.gate.hold();
     let clone = source.fork_with(&held, None, |state| state.registers.delay_us = 0);
@@ -222,17 +179,11 @@ fn delayed_transfers_begin_anew_in_the_clone() {
     for machine in [&clone, &grandchild] {
         machine.engine.start().expect("threads for a test");
         machine.wait(2);
-        assert_eq!(
-            (machine.status(0), machine.status(1)),
-            (status::OK, status::OK)
-        );
+        assert_eq!((machine.status(0), machine.status(1)), (status::OK, status::OK));
         assert_eq!(machine.ram.bytes(DATA + 0x20_0000, 4096), bytes[..4096]);
         assert_eq!(machine.read_back(4096, 1 << 20), bytes);
     }
-    assert_eq!(
-        (source.status(0), source.status(1)),
-        (status::PENDING, status::PENDING)
-    );
+    assert_eq!((source.status(0), source.status(1)), (status::PENDING, status::PENDING));
     source.engine.stop();
     assert_eq!(source.ram.pins(), 0);
 }
@@ -243,21 +194,12 @@ fn a_buffer_unregistered_in_flight_is_used_to_the_end_on_both_sides() {
     assert_eq!(source.register_buffer(3, DATA, 0x1_0000), error::NONE);
     let held = source.gate.hold();
     source.ram.set(DATA, &[6; 4096]);
-    let mut write = descriptor(
-        operation::WRITE,
-        flag::REGISTERED | flag::KERNEL,
-        4096,
-        DATA,
-        0,
-    );
+    let mut write = descriptor(operation::WRITE, flag::REGISTERED | flag::KERNEL, 4096, DATA, 0);
     write.slot = 3;
     source.submit(&write);
     source.set(register::BUFFER_UNREGISTER, 3);
     assert_eq!(source.get(register::ERROR), error::NONE);
-    assert_eq!(
-        source.register_buffer(3, DATA + 0x1_0000, 0x1_0000),
-        error::NONE
-    );
+    assert_eq!(source.register_buffer(3, DATA + 0x1_0000, 0x1_0000), error::NONE);
     let clone = source.fork(&held, None);
     drop(held);
     clone.engine.start().expect("threads for a test");
@@ -294,10 +236,7 @@ fn a_pipe_decides_when_a_transfer_happens_and_is_lost_at_a_fork() {
     far_read.read_exact(&mut there).expect("the engine writes");
     assert_eq!(&there, b"there");
     source.wait(1);
-    assert_eq!(
-        (source.status(read), source.status(write)),
-        (status::PENDING, status::OK)
-    );
+    assert_eq!((source.status(read), source.status(write)), (status::PENDING, status::OK));
 
     let held = source.gate.hold();
     let (_, storage) = storage();
@@ -307,10 +246,7 @@ fn a_pipe_decides_when_a_transfer_happens_and_is_lost_at_a_fork() {
     far_write.write_all(b"llo").expect("the engine reads");
     source.wait(2);
     assert_eq!(source.status(read), status::OK);
-    assert_eq!(
-        (source.result(read), source.ram.bytes(DATA, 5)),
-        (5, b"hello".to_vec())
-    );
+    assert_eq!((source.result(read), source.ram.bytes(DATA, 5)), (5, b"hello".to_vec()));
 
     let [lost, stored] = &clones;
     for clone in [lost, stored] {
@@ -333,10 +269,7 @@ fn the_end_of_a_pipe_fails_its_transfer() {
     let (machine, _far_read, far_write) = piped();
     (&far_write).write_all(b"abc").expect("the pipe has room");
     drop(far_write);
-    assert_eq!(
-        machine.run(&descriptor(operation::READ, 0, 5, 0, DATA)),
-        status::FAILED
-    );
+    assert_eq!(machine.run(&descriptor(operation::READ, 0, 5, 0, DATA)), status::FAILED);
     assert_eq!(machine.result(0), 3);
 }
 
@@ -361,9 +294,7 @@ fn nonsense_from_the_guest_is_survived() {
     // A fixed linear congruential sequence: reproducible, no dependency.
     let mut state = 11_u64;
     let mut random = move |below: u64| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (state >> 33) % below
     };
     let machine = Machine::new();
@@ -380,9 +311,7 @@ fn nonsense_from_the_guest_is_survived() {
             reserved: u32::from(random(20) == 0),
             ..Descriptor::default()
         };
-        machine
-            .ram
-            .set(RING + tail % ENTRIES * 64, &encode(&garbled));
+        machine.ram.set(RING + tail % ENTRIES * 64, &encode(&garbled));
         match random(8) {
             0 => machine.set(random(0x80), random(1 << 40)),
             1 => machine.set(register::DELAY_US, random(200)),
@@ -404,10 +333,7 @@ fn nonsense_from_the_guest_is_survived() {
     }
     machine.until(|m| m.get(register::COMPLETED) == m.get(register::DOORBELL));
     let counters = machine.engine.counters();
-    assert!(
-        counters.transfers > 100 && counters.failed > 100,
-        "{counters:?}"
-    );
+    assert!(counters.transfers > 100 && counters.failed > 100, "{counters:?}");
     machine.engine.stop();
     assert_eq!((machine.engine.pins_held(), machine.ram.pins()), (0, 0));
 }
