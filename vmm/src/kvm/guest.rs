@@ -22,7 +22,8 @@ pub(super) const FLAG: u64 = 0x2_0000;
 /// The interrupt vector of HANDLER.
 pub(super) const VECTOR: u8 = 0x40;
 
-const CODE: u64 = 0x1000;
+/// Where the program begins.
+pub(super) const CODE: u64 = 0x1000;
 const PML4: u64 = 0x2000;
 const PDPT: u64 = 0x3000;
 const DIRECTORY: u64 = 0x4000;

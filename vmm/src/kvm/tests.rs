@@ -8,7 +8,8 @@ use kvm_bindings::KVM_MP_STATE_HALTED;
 use salp_protocol::{call, port};
 
 use super::bench::{PATIENCE, Reply, Setup};
-use super::guest::{self, MMIO, Ring, VECTOR, counter};
+use super::guest::{self, MMIO, Ram, Ring, VECTOR, counter};
+use super::kick::ImmediateExit;
 use super::*;
 use crate::words::wide;
 
@@ -51,6 +52,22 @@ fn exits_reach_the_machine_in_order_and_are_counted() {
     assert!(stats["exits"] >= 7, "{stats:?}");
     assert!(stats.contains_key("pf_taken"));
     assert!(!stats::stats(&ram.vm).expect("of the VM").is_empty());
+}
+
+#[test]
+fn immediate_exit_keeps_a_vcpu_out_of_the_guest() {
+    let kvm = kvm_or_skip!();
+    let ram = Ram::new(guest::COUNT);
+    let (_vm, mut vcpus) = ram.vm(&kvm, 1, Irqchip::Split);
+    guest::start(&vcpus[0], Ring::User);
+    let flag = ImmediateExit::map(&vcpus[0].fd).expect("a mapping");
+    let before = vcpus[0].fd().get_regs().expect("regs");
+    flag.set();
+    let error = vcpus[0].fd.run().expect_err("it returns at once");
+    assert_eq!(error.errno(), libc::EINTR);
+    assert_eq!(vcpus[0].fd().get_regs().expect("regs"), before);
+    vcpus[0].fd.set_kvm_immediate_exit(0);
+    assert!(vcpus[0].fd.run().is_ok(), "the two flags are one");
 }
 
 #[test]
@@ -314,6 +331,8 @@ fn a_state_survives_its_bytes_and_being_set() {
     state.xsave[160..176].copy_from_slice(b"sixteen in xmm0.");
     // The task priority, and the register that shows it.
     (state.lapic.regs[0x80], state.sregs.cr8) = (0x20, 2);
+    let star = state.msrs.iter_mut().find(|msr| msr.index == 0xc000_0081);
+    star.expect("every x86-64 KVM has STAR").value = 0x0023_0010_0000_0000;
     clone.threads[0].set(&state).expect("parked");
     let set = clone.threads[0].save().expect("parked");
     assert_eq!(set.xsave, state.xsave);
