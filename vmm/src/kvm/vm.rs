@@ -114,9 +114,9 @@ pub struct VmState {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FullIrqchipState {
     /// First PIC, second PIC, I/O APIC.
-    chips: [kvm_irqchip; 3],
+    pub chips: [kvm_irqchip; 3],
     /// The timer.
-    pit: kvm_pit_state2,
+    pub pit: kvm_pit_state2,
 }
 
 /// A KVM VM. Its descriptor may be used by any thread.
