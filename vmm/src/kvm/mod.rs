@@ -9,6 +9,7 @@
 //! | [`run`] | the exit loop |
 //! | [`vcpu`] | one thread per vCPU, and the protocol that stops and resumes it |
 //! | [`kick`] | how a thread inside `KVM_RUN` is made to leave it |
+//! | `poison` | how a guest that touches lost memory ends |
 //! | [`stats`] | the kernel's binary statistics |
 //! | [`close`] | tear-down in the background |
 //!
@@ -19,6 +20,7 @@ pub mod error;
 pub mod host;
 pub mod kick;
 pub mod machine;
+mod poison;
 pub mod run;
 pub mod state;
 pub mod stats;

@@ -11,7 +11,7 @@ use super::bench::{PATIENCE, Reply, Setup};
 use super::guest::{self, MMIO, Ram, Ring, VECTOR, counter};
 use super::kick::ImmediateExit;
 use super::*;
-use crate::words::wide;
+use crate::words::{Gpa, wide};
 
 macro_rules! kvm_or_skip {
     () => {
@@ -267,6 +267,34 @@ fn a_triple_fault_is_reported_with_its_instruction() {
         setup.threads[0].set(&start).expect("ended is stopped");
         assert!(!setup.threads[0].has_ended());
     }
+}
+
+#[test]
+fn lost_memory_ends_the_run_and_not_the_process() {
+    let kvm = kvm_or_skip!();
+    let setup = Setup::user(&kvm, guest::COUNT);
+    let page = Gpa(0x10_0000);
+    // Holds the poison as long as it is open.
+    let _poison = match setup.ram.poison(page) {
+        Ok(userfaultfd) => userfaultfd,
+        Err(error) => {
+            eprintln!(
+                "SKIPPED: {}: no userfaultfd with poison: {error}",
+                module_path!()
+            );
+            return;
+        }
+    };
+    let mut state = setup.threads[0].save().expect("parked");
+    state.regs.rdi = page.0;
+    setup.threads[0].set(&state).expect("parked");
+    setup.resume();
+    let end = setup.ears.end();
+    let End::MemoryError { host_address, dump } = &end else {
+        panic!("{end}")
+    };
+    assert_eq!(*host_address, setup.ram.host_address(page));
+    assert_eq!(dump.regs.expect("readable").rip, guest::CODE + 3, "{end}");
 }
 
 #[test]
