@@ -8,7 +8,7 @@
 //! A vCPU leaves the loop *clean*: KVM finishes a port or MMIO access only at the next entry, so
 //! before leaving (and before a call looks at the registers) the loop enters once more with
 //! `immediate_exit` set, which finishes the access and runs no instruction. What is left over of an
-//! exit is one value, [`Due`].
+//! exit is one value, `Due`.
 //!
 //! Known hole: KVM hands over an access to a string of ports as one block; a `rep outsb` of four
 //! bytes to the call port looks like a call.

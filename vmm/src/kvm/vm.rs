@@ -122,7 +122,7 @@ pub struct FullIrqchipState {
 /// A KVM VM. Its descriptor may be used by any thread.
 ///
 /// vCPUs hold the VM alive in the kernel: drop them (and their threads) first, see
-/// [`close`](super::close).
+/// [`close`](mod@super::close).
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
