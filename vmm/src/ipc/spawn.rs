@@ -24,6 +24,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::{Mutex, PoisonError};
 
@@ -116,6 +117,29 @@ pub fn spawn_self(
     variables: &[(&str, &OsStr)],
     descriptors: &[(BorrowedFd<'_>, RawFd)],
 ) -> Result<Child, SpawnError> {
+    spawn(SELF, arguments, variables, descriptors)
+}
+
+/// As [`spawn_self`], with the binary at `program`, which must be salp too.
+///
+/// # Errors
+/// As there; also where there is no such program.
+pub fn spawn_program(
+    program: &Path,
+    arguments: &[&OsStr],
+    variables: &[(&str, &OsStr)],
+    descriptors: &[(BorrowedFd<'_>, RawFd)],
+) -> Result<Child, SpawnError> {
+    let program = c_strings(std::iter::once(program.as_os_str()))?;
+    spawn(&program[0], arguments, variables, descriptors)
+}
+
+fn spawn(
+    path: &std::ffi::CStr,
+    arguments: &[&OsStr],
+    variables: &[(&str, &OsStr)],
+    descriptors: &[(BorrowedFd<'_>, RawFd)],
+) -> Result<Child, SpawnError> {
     let program = env::args_os().next().unwrap_or_else(|| OsString::from("salp"));
     let arguments = c_strings(std::iter::once(program.as_os_str()).chain(arguments.iter().copied()))?;
     let environment = environment(variables)?;
@@ -125,7 +149,7 @@ pub fn spawn_self(
     for (descriptor, number) in &moved {
         settings.hand_over(descriptor.as_fd(), *number)?;
     }
-    let pid = settings.spawn(&arguments, &environment)?;
+    let pid = settings.spawn(path, &arguments, &environment)?;
     // The number cannot belong to another process before it has been reaped, which only `Child` does.
     match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => Ok(Child { pid, pidfd, ending: Mutex::new(None) }),
@@ -366,7 +390,12 @@ impl Settings {
         })
     }
 
-    fn spawn(&self, arguments: &[CString], environment: &[CString]) -> Result<Pid, SpawnError> {
+    fn spawn(
+        &self,
+        path: &std::ffi::CStr,
+        arguments: &[CString],
+        environment: &[CString],
+    ) -> Result<Pid, SpawnError> {
         let pointers = |texts: &[CString]| -> Vec<*mut libc::c_char> {
             texts.iter().map(|text| text.as_ptr().cast_mut()).chain([null_mut()]).collect()
         };
@@ -377,7 +406,7 @@ impl Settings {
         let result = unsafe {
             libc::posix_spawn(
                 &raw mut pid,
-                SELF.as_ptr(),
+                path.as_ptr(),
                 &raw const self.actions,
                 &raw const self.attributes,
                 arguments.as_ptr(),

@@ -5,6 +5,7 @@
 //! On a software KVM only ring 3 runs natively, and the I/O permission bitmap decides about ports
 //! there: the TSS has one that allows all. What needs `HLT` starts in ring 0.
 
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
@@ -22,7 +23,8 @@ pub(super) const FLAG: u64 = 0x2_0000;
 /// The interrupt vector of HANDLER.
 pub(super) const VECTOR: u8 = 0x40;
 
-const CODE: u64 = 0x1000;
+/// Where the program begins.
+pub(super) const CODE: u64 = 0x1000;
 const PML4: u64 = 0x2000;
 const PDPT: u64 = 0x3000;
 const DIRECTORY: u64 = 0x4000;
@@ -118,6 +120,32 @@ impl Ram {
 
     pub(super) fn store(&self, gpa: Gpa, value: u64) {
         self.word(gpa).store(value, Ordering::Release);
+    }
+
+    /// Where `gpa` lies in this process.
+    pub(super) fn host_address(&self, gpa: Gpa) -> u64 {
+        wide(self.at(gpa, 1).addr())
+    }
+
+    /// Poisons a page that was never touched. The error says why that is not possible here.
+    pub(super) fn poison(&self, page: Gpa) -> std::io::Result<OwnedFd> {
+        use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+        let flags = rustix::mm::UserfaultfdFlags::CLOEXEC;
+        // SAFETY: a new descriptor that concerns only the page registered below.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) }?;
+        let (start, length) = (self.host_address(page), 4096);
+        // UFFDIO_API with UFFD_FEATURE_POISON; UFFDIO_REGISTER for missing pages; UFFDIO_POISON.
+        let mut api = [0xaa, 1_u64 << 14, 0];
+        let mut register = [start, length, 1, 0];
+        let mut poison = [start, length, 0, 0];
+        // SAFETY: structures of 3, 4 and 4 words (linux/userfaultfd.h); the page is a test
+        // guest's, into which no Rust reference exists.
+        let failed = unsafe {
+            ioctl_with_mut_ref(&fd, 0xc018_aa3f, &mut api) < 0
+                || ioctl_with_mut_ref(&fd, 0xc020_aa00, &mut register) < 0
+                || ioctl_with_mut_ref(&fd, 0xc020_aa08, &mut poison) < 0
+        };
+        if failed { Err(std::io::Error::last_os_error()) } else { Ok(fd) }
     }
 
     /// A VM over this memory, which must outlive it.

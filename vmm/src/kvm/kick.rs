@@ -2,7 +2,7 @@
 //! How a thread is made to leave `KVM_RUN`, or a call in which it waits.
 //!
 //! Key types: [`StopSignal`], which everything that waits on a vCPU's thread heeds;
-//! [`ImmediateExit`], the flag that makes the next `KVM_RUN` return at once.
+//! `ImmediateExit`, the flag that makes the next `KVM_RUN` return at once.
 //!
 //! # Protocol
 //! The stopper raises the stop signal, *then* sets `immediate_exit`, *then* sends the signal. The

@@ -130,6 +130,13 @@ pub enum End {
     },
     /// `HLT` on a vCPU without an in-kernel APIC: nothing could wake it.
     HaltedForGood(Box<Dump>),
+    /// The guest touched memory that is lost (poisoned, or a hardware memory error).
+    MemoryError {
+        /// Where it is in this process.
+        host_address: u64,
+        /// The vCPU at that moment.
+        dump: Box<Dump>,
+    },
     /// `KVM_RUN` failed.
     RunFailed {
         /// The error.
@@ -157,6 +164,9 @@ impl fmt::Display for End {
                 write!(f, "kvm internal error {suberror}, data {data:#x?}\n{dump}")
             }
             Self::HaltedForGood(dump) => write!(f, "halted with nothing to wake it\n{dump}"),
+            Self::MemoryError { host_address, dump } => {
+                write!(f, "lost memory at host address {host_address:#x}\n{dump}")
+            }
             Self::RunFailed { errno, gpa, dump } => {
                 let error = std::io::Error::from_raw_os_error(*errno);
                 write!(f, "KVM_RUN failed: {error}")?;

@@ -4,13 +4,14 @@
 //! |---|---|
 //! | [`host`] | `/dev/kvm` opened and checked; what kind of KVM it is |
 //! | [`vm`] | one VM: memory slots, interrupt controller, clock; made in the order that is cheap |
-//! | [`state`] | [`VcpuState`](state::VcpuState): everything a vCPU is, to save, send and set |
+//! | [`state`] | [`VcpuState`]: everything a vCPU is, to save, send and set |
 //! | [`machine`] | what the exits of a vCPU are handed to: ports, MMIO, calls, the end |
 //! | [`run`] | the exit loop |
 //! | [`vcpu`] | one thread per vCPU, and the protocol that stops and resumes it |
 //! | [`kick`] | how a thread inside `KVM_RUN` is made to leave it |
+//! | `poison` | how a guest that touches lost memory ends |
 //! | [`stats`] | the kernel's binary statistics |
-//! | [`close`] | tear-down in the background |
+//! | [`mod@close`] | tear-down in the background |
 //!
 //! Nothing here knows how guest memory is managed: a VM is given host ranges as they are.
 
@@ -19,6 +20,7 @@ pub mod error;
 pub mod host;
 pub mod kick;
 pub mod machine;
+mod poison;
 pub mod run;
 pub mod state;
 pub mod stats;

@@ -5,7 +5,7 @@
 //! A vCPU leaves the loop *clean*: KVM finishes a port or MMIO access only at the next entry, so
 //! before leaving (and before a call looks at the registers) the loop enters once more with
 //! `immediate_exit` set, which finishes the access and runs no instruction. What is left over of an
-//! exit is one value, [`Due`].
+//! exit is one value, `Due`.
 //!
 //! Known hole: KVM hands over an access to a string of ports as one block; a `rep outsb` of four
 //! bytes to the call port looks like a call.
@@ -18,9 +18,13 @@ use serde::{Deserialize, Serialize};
 
 use super::kick::StopSignal;
 use super::machine::{CallOutcome, CallRegisters, Dump, End, Flow, Machine};
+use super::poison;
 use super::vcpu::TimeStamps;
 use super::vm::Vcpu;
 use crate::words::{Gpa, index};
+
+/// The longest instruction there is (SDM 2A, 2.3.11).
+const INSTRUCTION_BYTES: usize = 15;
 
 /// What remains to be done for the last exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +124,7 @@ enum Cause {
     Internal,
     Halted,
     Failed(i32, Option<Gpa>),
+    Lost(u64),
     Unexpected(String),
 }
 
@@ -193,7 +198,12 @@ impl Running {
             Flow::Continue => Ok(Due::Access),
             Flow::Exit(status) => Ok(Due::Exit(status)),
         };
-        let cause = match self.vcpu.fd.run() {
+        let (exit, lost) = poison::watch(|| self.vcpu.fd.run());
+        if let Some(host_address) = lost {
+            count(Exit::Other);
+            return Err(self.end(Cause::Lost(host_address), machine));
+        }
+        let cause = match exit {
             Ok(VcpuExit::IoOut(port::CALL, &[a, b, c, d])) => {
                 count(Exit::Call);
                 return Ok(Due::Call(u32::from_le_bytes([a, b, c, d])));
@@ -230,7 +240,11 @@ impl Running {
             Ok(VcpuExit::Shutdown) => Cause::Shutdown,
             Ok(VcpuExit::InternalError) => Cause::Internal,
             Ok(VcpuExit::Hlt) => Cause::Halted,
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Cause::Failed(libc::EFAULT, Some(Gpa(gpa))),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                // Comes with EFAULT or EHWPOISON; kvm-ioctls leaves it where the C library has it.
+                let errno = std::io::Error::last_os_error().raw_os_error();
+                Cause::Failed(errno.unwrap_or(libc::EFAULT), Some(Gpa(gpa)))
+            }
             Ok(other) => Cause::Unexpected(format!("{other:?}")),
             Err(errno) => Cause::Failed(errno.errno(), None),
         };
@@ -272,11 +286,16 @@ impl Running {
     }
 
     fn end(&mut self, cause: Cause, machine: &dyn Machine) -> End {
-        let dump = Box::new(self.dump(machine));
+        let mut dump = Box::new(self.dump());
+        // What was lost may be the instruction: then nobody may read it.
+        if !matches!(cause, Cause::Lost(_)) {
+            dump.instruction = self.instruction(machine).unwrap_or_default();
+        }
         match cause {
             Cause::Shutdown => End::TripleFault(dump),
             Cause::Halted => End::HaltedForGood(dump),
             Cause::Failed(errno, gpa) => End::RunFailed { errno, gpa, dump },
+            Cause::Lost(host_address) => End::MemoryError { host_address, dump },
             Cause::Unexpected(exit) => End::Unexpected { exit, dump },
             Cause::Internal => {
                 // SAFETY: the exit reason says that this is the union's valid part; it is plain
@@ -293,16 +312,20 @@ impl Running {
     }
 
     /// Describes the vCPU as far as it lets itself be described.
-    fn dump(&self, machine: &dyn Machine) -> Dump {
-        let fd = &self.vcpu.fd;
-        let mut dump = Dump { regs: fd.get_regs().ok(), sregs: fd.get_sregs().ok(), instruction: Vec::new() };
-        let at_rip = dump.regs.and_then(|regs| fd.translate_gva(regs.rip).ok());
-        if let Some(at) = at_rip.filter(|at| at.valid != 0) {
-            let mut bytes = [0; 15];
-            if machine.read_memory(Gpa(at.physical_address), &mut bytes) {
-                dump.instruction.extend(bytes);
-            }
+    fn dump(&self) -> Dump {
+        Dump {
+            regs: self.vcpu.fd.get_regs().ok(),
+            sregs: self.vcpu.fd.get_sregs().ok(),
+            instruction: Vec::new(),
         }
-        dump
+    }
+
+    /// The bytes at `rip`, if they are mapped and the machine lets them be read.
+    fn instruction(&self, machine: &dyn Machine) -> Option<Vec<u8>> {
+        let rip = self.vcpu.fd.get_regs().ok()?.rip;
+        let at = self.vcpu.fd.translate_gva(rip).ok()?;
+        let mut bytes = vec![0; INSTRUCTION_BYTES];
+        let is_read = at.valid != 0 && machine.read_memory(Gpa(at.physical_address), &mut bytes);
+        is_read.then_some(bytes)
     }
 }

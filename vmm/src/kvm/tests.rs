@@ -8,9 +8,10 @@ use kvm_bindings::KVM_MP_STATE_HALTED;
 use salp_protocol::{call, port};
 
 use super::bench::{PATIENCE, Reply, Setup};
-use super::guest::{self, MMIO, Ring, VECTOR, counter};
+use super::guest::{self, MMIO, Ram, Ring, VECTOR, counter};
+use super::kick::ImmediateExit;
 use super::*;
-use crate::words::wide;
+use crate::words::{Gpa, wide};
 
 macro_rules! kvm_or_skip {
     () => {
@@ -51,6 +52,22 @@ fn exits_reach_the_machine_in_order_and_are_counted() {
     assert!(stats["exits"] >= 7, "{stats:?}");
     assert!(stats.contains_key("pf_taken"));
     assert!(!stats::stats(&ram.vm).expect("of the VM").is_empty());
+}
+
+#[test]
+fn immediate_exit_keeps_a_vcpu_out_of_the_guest() {
+    let kvm = kvm_or_skip!();
+    let ram = Ram::new(guest::COUNT);
+    let (_vm, mut vcpus) = ram.vm(&kvm, 1, Irqchip::Split);
+    guest::start(&vcpus[0], Ring::User);
+    let flag = ImmediateExit::map(&vcpus[0].fd).expect("a mapping");
+    let before = vcpus[0].fd().get_regs().expect("regs");
+    flag.set();
+    let error = vcpus[0].fd.run().expect_err("it returns at once");
+    assert_eq!(error.errno(), libc::EINTR);
+    assert_eq!(vcpus[0].fd().get_regs().expect("regs"), before);
+    vcpus[0].fd.set_kvm_immediate_exit(0);
+    assert!(vcpus[0].fd.run().is_ok(), "the two flags are one");
 }
 
 #[test]
@@ -121,13 +138,20 @@ fn the_full_irqchip_is_saved_with_the_vm() {
     setup.vm.set_irq_line(5, Level::High).expect("the full irqchip has pins");
     let clone = setup.fork(&kvm);
     let state = |setup: &Setup| setup.vm.save().expect("stopped");
-    let devices = |setup: &Setup| postcard::to_stdvec(&state(setup).devices).expect("plain data");
+    let chips = |setup: &Setup| {
+        let devices = state(setup).devices.expect("the full irqchip");
+        postcard::to_stdvec(&devices.chips).expect("plain data")
+    };
     let untouched = Setup::new(&kvm, guest::COUNT, 1, Irqchip::Full, Ring::User);
-    assert_ne!(devices(&setup), devices(&untouched), "the pin is part of the state");
+    assert_ne!(chips(&setup), chips(&untouched), "the pin is part of the state");
+    assert_eq!(chips(&setup), chips(&clone));
+    let mut later = state(&setup);
+    later.clock_ns = 1 << 50;
+    untouched.vm.set(&later).expect("stopped");
+    assert!(state(&untouched).clock_ns >= 1 << 50, "the clock goes on from its value");
     let split = Setup::user(&kvm, guest::COUNT);
     assert!(matches!(split.vm.set(&state(&setup)), Err(KvmError::WrongIrqchip { .. })));
     assert!(split.vm.set_irq_line(5, Level::High).is_err());
-    assert!(state(&clone).clock_ns >= state(&untouched).clock_ns.min(1));
 }
 
 #[test]
@@ -216,6 +240,29 @@ fn a_triple_fault_is_reported_with_its_instruction() {
 }
 
 #[test]
+fn lost_memory_ends_the_run_and_not_the_process() {
+    let kvm = kvm_or_skip!();
+    let setup = Setup::user(&kvm, guest::COUNT);
+    let page = Gpa(0x10_0000);
+    // Holds the poison as long as it is open.
+    let _poison = match setup.ram.poison(page) {
+        Ok(userfaultfd) => userfaultfd,
+        Err(error) => {
+            eprintln!("SKIPPED: {}: no userfaultfd with poison: {error}", module_path!());
+            return;
+        }
+    };
+    let mut state = setup.threads[0].save().expect("parked");
+    state.regs.rdi = page.0;
+    setup.threads[0].set(&state).expect("parked");
+    setup.resume();
+    let end = setup.ears.end();
+    let End::MemoryError { host_address, dump } = &end else { panic!("{end}") };
+    assert_eq!(*host_address, setup.ram.host_address(page));
+    assert_eq!(dump.regs.expect("readable").rip, guest::CODE + 3, "{end}");
+}
+
+#[test]
 fn a_halted_vcpu_stops_and_an_msi_wakes_it() {
     let kvm = kvm_or_skip!();
     let setup = Setup::new(&kvm, guest::HALTS, 1, Irqchip::Split, Ring::Kernel);
@@ -277,6 +324,8 @@ fn a_state_survives_its_bytes_and_being_set() {
     state.xsave[160..176].copy_from_slice(b"sixteen in xmm0.");
     // The task priority, and the register that shows it.
     (state.lapic.regs[0x80], state.sregs.cr8) = (0x20, 2);
+    let star = state.msrs.iter_mut().find(|msr| msr.index == 0xc000_0081);
+    star.expect("every x86-64 KVM has STAR").value = 0x0023_0010_0000_0000;
     clone.threads[0].set(&state).expect("parked");
     let set = clone.threads[0].save().expect("parked");
     assert_eq!(set.xsave, state.xsave);

@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use super::error::KvmError;
 use super::kick::{self, ImmediateExit, StopSignal};
 use super::machine::Machine;
+use super::poison;
 use super::run::{Context, ExitCounters, Exits, Running};
 use super::state::VcpuState;
 use super::stats::stats;
@@ -235,7 +236,7 @@ impl VcpuThread {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                let result = kick::prepare_this_thread();
+                let result = poison::install().and_then(|()| kick::prepare_this_thread());
                 let failed = result.is_err();
                 if ready.send(result).is_ok() && !failed {
                     thread(&for_thread, machine.as_ref(), vcpu);

@@ -108,15 +108,15 @@ pub struct VmState {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FullIrqchipState {
     /// First PIC, second PIC, I/O APIC.
-    chips: [kvm_irqchip; 3],
+    pub chips: [kvm_irqchip; 3],
     /// The timer.
-    pit: kvm_pit_state2,
+    pub pit: kvm_pit_state2,
 }
 
 /// A KVM VM. Its descriptor may be used by any thread.
 ///
 /// vCPUs hold the VM alive in the kernel: drop them (and their threads) first, see
-/// [`close`](super::close).
+/// [`close`](mod@super::close).
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
