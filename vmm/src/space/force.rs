@@ -4,13 +4,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Backing, Host, OpenCut, PageSource, Space, SpaceError};
 use crate::board::{LeafWord, Patches};
 use crate::frames::CutId;
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
 /// What the source does with its own copy of a leaf that is published.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Keep {
     /// The protection is taken off; the memory is used twice.
     Own,

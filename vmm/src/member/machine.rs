@@ -1,0 +1,261 @@
+//! The machine around a member's vCPUs: devices on ports and MMIO, and the guest's calls.
+//!
+//! It exists before the VM has a role, since vCPU threads are made ahead: [`MemberMachine::live`]
+//! gives it one.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use salp_protocol::{call, port};
+
+use super::mailbox::Mailbox;
+use super::messages::{Event, Message, Progress};
+use crate::devices::bus::{Bus, Claim};
+use crate::family::VmId;
+use crate::ipc::Channel;
+use crate::kvm::kick::{StopSignal, Woken};
+use crate::kvm::vcpu::monotonic_ns;
+use crate::kvm::{CallOutcome, CallRegisters, End, Flow, Machine};
+use crate::space::Space;
+use crate::window::Window;
+use crate::words::Gpa;
+
+/// What a VM has once it has a role.
+pub struct Live {
+    /// Its name.
+    pub vm: VmId,
+    /// Its devices.
+    pub bus: Bus,
+    /// Its memory.
+    pub space: Arc<Space<Window>>,
+    /// Whether it is a clone whose first exit has not been reported.
+    pub is_fresh: AtomicBool,
+}
+
+/// See the module.
+pub struct MemberMachine {
+    live: OnceLock<Live>,
+    mailboxes: Vec<Mailbox>,
+    keeper: Arc<Channel>,
+}
+
+impl MemberMachine {
+    /// A machine for `vcpus` vCPUs that reports to `keeper`.
+    ///
+    /// # Errors
+    /// No descriptor could be made.
+    pub fn new(vcpus: u8, keeper: Arc<Channel>) -> std::io::Result<Self> {
+        let mailboxes = (0..vcpus).map(|_| Mailbox::new()).collect::<Result<_, _>>()?;
+        Ok(Self { live: OnceLock::new(), mailboxes, keeper })
+    }
+
+    /// Gives the machine its role, once.
+    ///
+    /// # Errors
+    /// It has one.
+    pub fn live(&self, live: Live) -> Result<&Live, &'static str> {
+        self.live.set(live).map_err(|_| "this member is a VM already")?;
+        self.role()
+    }
+
+    /// The role.
+    ///
+    /// # Errors
+    /// The machine has none yet.
+    pub fn role(&self) -> Result<&Live, &'static str> {
+        self.live.get().ok_or("this member is no VM yet")
+    }
+
+    /// The mailbox of a vCPU.
+    pub fn mailbox(&self, vcpu: usize) -> Option<&Mailbox> {
+        self.mailboxes.get(vcpu)
+    }
+
+    /// All mailboxes.
+    pub fn mailboxes(&self) -> &[Mailbox] {
+        &self.mailboxes
+    }
+
+    /// Tells the keeper something. If the keeper is gone, so is this process soon.
+    pub fn tell(&self, event: Event) {
+        if let Err(error) = self.keeper.send(&Message::Event(event), &[]) {
+            tracing::debug!(%error, "the keeper cannot be told");
+        }
+    }
+
+    /// Reports a clone's first exit.
+    fn mark_exit(&self) {
+        if let Some(live) = self.live.get()
+            && live.is_fresh.load(Ordering::Relaxed)
+            && live.is_fresh.swap(false, Ordering::Relaxed)
+        {
+            self.tell(Event::FirstExit { at: monotonic_ns() });
+        }
+    }
+
+    /// The answer to a report: 1 = verify everything and finish.
+    pub fn report(&self, vcpu: usize, registers: &CallRegisters, is_finished: bool) -> u64 {
+        let progress = Progress {
+            rounds: registers.rdi,
+            errors: registers.rsi,
+            transfers: registers.rdx,
+            figure: registers.r8,
+            is_finished,
+        };
+        self.tell(Event::Progress(progress));
+        u64::from(self.mailboxes.get(vcpu).is_some_and(Mailbox::should_stop_counting))
+    }
+
+    /// The next order of a puppet, waiting for it.
+    fn next_order(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
+        let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
+        if mailbox.take_working() {
+            self.tell(Event::Puppet { vcpu, result: registers.rdi });
+        }
+        loop {
+            mailbox.hush();
+            if let Some(order) = mailbox.take_order() {
+                *registers = CallRegisters {
+                    rax: order.order,
+                    rdi: order.a,
+                    rsi: order.b,
+                    rdx: order.c,
+                    r8: order.d,
+                };
+                return CallOutcome::Return;
+            }
+            if let Woken::Stop = stop.wait(Some(std::os::fd::AsFd::as_fd(mailbox)), None) {
+                return CallOutcome::Interrupted;
+            }
+        }
+    }
+
+    fn await_fork(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
+        let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
+        loop {
+            mailbox.hush();
+            if let Some(result) = mailbox.take_fork() {
+                registers.rax = result.map_or(call::FAILED, |clone| u64::from(clone.0));
+                return CallOutcome::Return;
+            }
+            if let Woken::Stop = stop.wait(Some(std::os::fd::AsFd::as_fd(mailbox)), None) {
+                // The cut that this call has asked for shows 0 instead; see `Member::cut`.
+                return CallOutcome::InterruptedWith(call::AGAIN);
+            }
+        }
+    }
+}
+
+fn refuse(registers: &mut CallRegisters) -> CallOutcome {
+    registers.rax = call::FAILED;
+    CallOutcome::Return
+}
+
+/// Nobody there: reads are all ones (as they are already), writes go nowhere.
+fn ignore(claim: Claim) {
+    match claim {
+        Claim::Taken | Claim::Nobody => {}
+    }
+}
+
+impl Machine for MemberMachine {
+    fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
+        self.mark_exit();
+        if let Some(live) = self.live.get() {
+            ignore(live.bus.port_read(port, data));
+        }
+    }
+
+    fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
+        self.mark_exit();
+        let Some(live) = self.live.get() else { return Flow::Continue };
+        ignore(live.bus.port_write(port, data));
+        match live.bus.exit.status() {
+            Some(status) if port == port::EXIT => Flow::Exit(status),
+            _ => Flow::Continue,
+        }
+    }
+
+    fn mmio_read(&self, _vcpu: usize, gpa: Gpa, data: &mut [u8]) {
+        self.mark_exit();
+        if let Some(live) = self.live.get() {
+            ignore(live.bus.mmio_read(gpa, data));
+        }
+    }
+
+    fn mmio_write(&self, _vcpu: usize, gpa: Gpa, data: &[u8]) -> Flow {
+        self.mark_exit();
+        if let Some(live) = self.live.get() {
+            ignore(live.bus.mmio_write(gpa, data));
+        }
+        Flow::Continue
+    }
+
+    fn call(
+        &self,
+        vcpu: usize,
+        number: u32,
+        registers: &mut CallRegisters,
+        stop: &StopSignal,
+    ) -> CallOutcome {
+        self.mark_exit();
+        match number {
+            call::FORK => {
+                self.tell(Event::ForkAsked { vcpu });
+                self.await_fork(vcpu, registers, stop)
+            }
+            call::PROGRESS | call::FINISHED => {
+                registers.rax = self.report(vcpu, registers, number == call::FINISHED);
+                CallOutcome::Return
+            }
+            call::NEXT => self.next_order(vcpu, registers, stop),
+            call::SLEEP => {
+                match stop.wait(None, Some(Duration::from_micros(registers.rdi.min(MAX_SLEEP_US)))) {
+                    Woken::Stop => CallOutcome::Interrupted,
+                    Woken::Ready | Woken::Timeout => {
+                        registers.rax = 0;
+                        CallOutcome::Return
+                    }
+                }
+            }
+            call::WHO => {
+                registers.rax = self.live.get().map_or(call::FAILED, |live| u64::from(live.vm.0));
+                CallOutcome::Return
+            }
+            _ => refuse(registers),
+        }
+    }
+
+    fn resume_call(
+        &self,
+        vcpu: usize,
+        _number: u32,
+        registers: &mut CallRegisters,
+        stop: &StopSignal,
+    ) -> CallOutcome {
+        // FORK is the one call that stays open.
+        self.await_fork(vcpu, registers, stop)
+    }
+
+    fn ended(&self, vcpu: usize, end: End) {
+        self.mark_exit();
+        let status = match &end {
+            End::Exit(status) => Some(*status),
+            _ => None,
+        };
+        self.tell(Event::Ended { status, text: format!("vcpu {vcpu}: {end}") });
+    }
+
+    fn read_memory(&self, gpa: Gpa, bytes: &mut [u8]) -> bool {
+        let Some(live) = self.live.get() else { return false };
+        let is_memory = live.space.shape().contains(gpa, bytes.len());
+        if is_memory {
+            live.space.host().read(gpa, bytes);
+        }
+        is_memory
+    }
+}
+
+/// The longest sleep of one call, in microseconds: a guest that asks for more calls again.
+const MAX_SLEEP_US: u64 = 10_000_000;

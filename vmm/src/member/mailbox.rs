@@ -1,0 +1,111 @@
+//! Where the guest's calls meet the keeper: orders for a puppet, results of forks, the word to
+//! finish. One mailbox a vCPU.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::messages::PuppetOrder;
+use crate::family::VmId;
+
+#[derive(Default)]
+struct Letters {
+    order: Option<PuppetOrder>,
+    /// An order has been taken whose result has not come.
+    is_working: bool,
+    fork: Option<Option<VmId>>,
+    should_finish: bool,
+}
+
+/// See the module.
+pub struct Mailbox {
+    letters: Mutex<Letters>,
+    /// Readable while there may be something new.
+    bell: OwnedFd,
+}
+
+impl Mailbox {
+    /// An empty mailbox.
+    ///
+    /// # Errors
+    /// No descriptor could be made.
+    pub fn new() -> std::io::Result<Self> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { letters: Mutex::default(), bell })
+    }
+
+    fn letters(&self) -> MutexGuard<'_, Letters> {
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ring(&self) {
+        if let Err(error) = rustix::io::write(&self.bell, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "a mailbox cannot be rung");
+        }
+    }
+
+    /// Makes the bell silent, to look at what came and then to wait.
+    pub fn hush(&self) {
+        // Fails only when it is silent.
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+    }
+
+    /// Puts an order in. One that is there already is replaced: the keeper asks one at a time.
+    pub fn put_order(&self, order: PuppetOrder) {
+        self.letters().order = Some(order);
+        self.ring();
+    }
+
+    /// Takes the order.
+    pub fn take_order(&self) -> Option<PuppetOrder> {
+        let mut letters = self.letters();
+        let order = letters.order.take();
+        letters.is_working |= order.is_some();
+        order
+    }
+
+    /// Whether an order waits, or the guest is to finish.
+    pub fn should_stop_counting(&self) -> bool {
+        let letters = self.letters();
+        letters.order.is_some() || letters.should_finish
+    }
+
+    /// The result of the order that was taken is there: true the first time.
+    pub fn take_working(&self) -> bool {
+        std::mem::take(&mut self.letters().is_working)
+    }
+
+    /// The VM is a clone: whatever order its source was at, this guest is at it too.
+    pub fn inherit_work(&self) {
+        self.letters().is_working = true;
+    }
+
+    /// Puts the result of a fork in.
+    pub fn put_fork(&self, clone: Option<VmId>) {
+        self.letters().fork = Some(clone);
+        self.ring();
+    }
+
+    /// Takes the result of a fork.
+    pub fn take_fork(&self) -> Option<Option<VmId>> {
+        self.letters().fork.take()
+    }
+
+    /// Tells the guest to finish.
+    pub fn finish(&self) {
+        self.letters().should_finish = true;
+        self.ring();
+    }
+
+    /// Whether the guest is to finish.
+    pub fn should_finish(&self) -> bool {
+        self.letters().should_finish
+    }
+}
+
+impl AsFd for Mailbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}

@@ -1,0 +1,362 @@
+//! What a keeper and its members say to each other, over one channel a member.
+
+use serde::{Deserialize, Serialize};
+
+use crate::arena_files::ArenaDescription;
+use crate::board::BoardShape;
+use crate::devices::backing::BackingState;
+use crate::devices::dma::{DmaCounters, DmaState};
+use crate::devices::serial::SerialState;
+use crate::family::VmId;
+use crate::frames::CutId;
+use crate::kvm::{Times, VcpuState, VmState};
+use crate::space::{CutFigures, Keep, SpaceReport};
+use crate::words::{Gfn, MemoryShape};
+
+/// What runs in a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum GuestKind {
+    /// vCPUs under KVM.
+    Kvm,
+    /// A thread of the member that works on the window as the `puppet` case does: the same memory
+    /// manager without KVM.
+    Thread,
+}
+
+/// When lent pages are published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Publication {
+    /// Everything, in the background, from the cut on. Otherwise only what somebody asks for.
+    pub in_background: bool,
+    /// What the source does with its own copies.
+    pub keep: Keep,
+}
+
+/// What a member is made for: the first message, with the board and the arena as descriptors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Setup {
+    /// Shape of the board.
+    pub board: BoardShape,
+    /// The member's slot on it.
+    pub slot: u32,
+    /// The arena.
+    pub arena: ArenaDescription,
+    /// The VM's memory.
+    pub memory: MemoryShape,
+    /// Whether huge pages are asked for.
+    pub is_huge: bool,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// What runs in the VM.
+    pub guest: GuestKind,
+    /// When lent pages are published.
+    pub publication: Publication,
+}
+
+/// A VM at a cut, without its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Each vCPU; none for a thread guest.
+    pub vcpus: Vec<VcpuState>,
+    /// The VM's clock and interrupt controllers; none for a thread guest.
+    pub vm: Option<VmState>,
+    /// The DMA engine.
+    pub dma: DmaState,
+    /// The DMA engine's backing; none if it is a pipe.
+    pub backing: Option<BackingState>,
+    /// The serial port.
+    pub serial: SerialState,
+}
+
+/// A request to a member. Answered by [`Reply`] or an error text.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Become the colony's first VM.
+    Boot {
+        /// Its name.
+        vm: VmId,
+        /// The built-in guest's command line.
+        command_line: String,
+        /// Size of the DMA engine's backing, in bytes.
+        backing_bytes: u64,
+    },
+    /// Become a clone and run.
+    Become {
+        /// Its name.
+        vm: VmId,
+        /// The cut.
+        cut: CutId,
+        /// The state at the cut.
+        snapshot: Box<Snapshot>,
+    },
+    /// Take a cut. Comes with the cut's block file and patch file.
+    Cut {
+        /// Its name.
+        cut: CutId,
+        /// This VM's cut before it.
+        previous: Option<CutId>,
+        /// The vCPU whose call asks for it: its clones see that call return 0.
+        asked_by: Option<usize>,
+    },
+    /// Let go of what is pending in a cut that nobody needs.
+    ReleaseCut {
+        /// Which.
+        cut: CutId,
+    },
+    /// Publish all that is pending now.
+    Publish {
+        /// What becomes of the VM's own copies.
+        keep: Keep,
+    },
+    /// Stop vCPUs and hold completions until [`Order::Resume`].
+    Quiesce,
+    /// Go on.
+    Resume,
+    /// Say what the VM's memory is.
+    Harvest,
+    /// Say what the VM and its process have done.
+    Describe,
+    /// Have a puppet do something. The result comes as [`Event::Puppet`].
+    Puppet {
+        /// Which vCPU.
+        vcpu: usize,
+        /// An [`order`](salp_protocol::order) and its operands.
+        order: PuppetOrder,
+    },
+    /// Tell the guest to verify everything and to finish.
+    Finish,
+    /// The result of the guest's own call to fork.
+    ForkResult {
+        /// Which vCPU called.
+        vcpu: usize,
+        /// The clone, or none.
+        clone: Option<VmId>,
+    },
+    /// Pin pages for a device outside.
+    Pin {
+        /// First page.
+        first: Gfn,
+        /// How many.
+        pages: u64,
+    },
+    /// Take such a pin off again.
+    Unpin {
+        /// First page.
+        first: Gfn,
+        /// How many.
+        pages: u64,
+    },
+    /// Store 8 bytes at the start of a pinned page, as a device would.
+    DeviceStore {
+        /// The page.
+        gfn: Gfn,
+        /// What.
+        value: u64,
+    },
+    /// Read the 8 bytes at the start of a pinned page, as a device would.
+    DeviceLoad {
+        /// The page.
+        gfn: Gfn,
+    },
+    /// Make pages zero.
+    Discard {
+        /// First page.
+        first: Gfn,
+        /// How many.
+        pages: u64,
+    },
+    /// End the VM. The process stays as the image of what others still need.
+    EndVm,
+    /// End the process.
+    Exit,
+}
+
+/// One order of the puppet case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PuppetOrder {
+    /// An [`order`](salp_protocol::order).
+    pub order: u64,
+    /// Operand in `rdi`.
+    pub a: u64,
+    /// Operand in `rsi`.
+    pub b: u64,
+    /// Operand in `rdx`.
+    pub c: u64,
+    /// Operand in `r8`.
+    pub d: u64,
+}
+
+/// Moments of a cut, in nanoseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutTimes {
+    /// The member began to reserve.
+    pub begun: u64,
+    /// Reserved; the first kick came next.
+    pub reserved: u64,
+    /// All vCPUs were stopped.
+    pub stopped: u64,
+    /// Completions were held.
+    pub held: u64,
+    /// The state was saved.
+    pub saved: u64,
+    /// Pinned pages were copied and memory was protected.
+    pub protected: u64,
+    /// The resume was ordered.
+    pub resumed: u64,
+}
+
+/// What a cut produced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CutReply {
+    /// For the clones.
+    pub snapshot: Snapshot,
+    /// What was done in the pause.
+    pub figures: CutFigures,
+    /// When.
+    pub times: CutTimes,
+}
+
+/// What a member says of itself.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Description {
+    /// Host address of the window.
+    pub window: u64,
+    /// What the DMA engine has done in this VM.
+    pub dma_transfers: u64,
+    /// Transfers that ended otherwise than OK.
+    pub dma_failed: u64,
+    /// Requests taken and not completed.
+    pub dma_in_flight: u64,
+    /// Leaves found out at a first touch.
+    pub leaves_resolved: u64,
+    /// Stores that trapped.
+    pub store_faults: u64,
+    /// Blocks written for clones.
+    pub blocks_published: u64,
+    /// Patch frames written for clones.
+    pub patches_published: u64,
+    /// Leaves whose protection went without a copy.
+    pub leaves_reused: u64,
+    /// Leaves whose own copy was dropped.
+    pub leaves_dropped: u64,
+    /// Minor faults of the process (`ru_minflt`).
+    pub minor_faults: u64,
+    /// Each vCPU's moments.
+    pub vcpus: Vec<Times>,
+    /// KVM's counters of vCPU 0, by name, while it is stopped.
+    pub kvm: std::collections::BTreeMap<String, u64>,
+}
+
+impl Description {
+    pub(super) fn count_dma(&mut self, counters: DmaCounters, in_flight: usize) {
+        self.dma_transfers = counters.transfers;
+        self.dma_failed = counters.failed;
+        self.dma_in_flight = crate::words::wide(in_flight);
+    }
+}
+
+/// The answer to an [`Order`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// A cut was taken.
+    Cut(Box<CutReply>),
+    /// What the memory is.
+    Harvest(Box<SpaceReport>),
+    /// What has been done.
+    Describe(Box<Description>),
+    /// What a device read.
+    Loaded(u64),
+    /// The clone's vCPUs enter the guest; at this moment the order to do so was given.
+    Running {
+        /// In nanoseconds of `CLOCK_MONOTONIC`.
+        at: u64,
+    },
+}
+
+/// What a guest says of its case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Rounds done.
+    pub rounds: u64,
+    /// Errors found.
+    pub errors: u64,
+    /// Transfers verified.
+    pub transfers: u64,
+    /// A figure of the case.
+    pub figure: u64,
+    /// The case has verified everything and ended.
+    pub is_finished: bool,
+}
+
+/// What a member says unasked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Event {
+    /// The guest reports.
+    Progress(Progress),
+    /// A puppet has done its order, on that vCPU.
+    Puppet {
+        /// Which vCPU.
+        vcpu: usize,
+        /// The order's result.
+        result: u64,
+    },
+    /// The guest wants to be forked.
+    ForkAsked {
+        /// By which vCPU.
+        vcpu: usize,
+    },
+    /// The clone's first exit.
+    FirstExit {
+        /// In nanoseconds of `CLOCK_MONOTONIC`.
+        at: u64,
+    },
+    /// The source's vCPUs have entered the guest again after a cut: the end of the pause.
+    Reentered {
+        /// The cut.
+        cut: CutId,
+        /// The last of them, in nanoseconds of `CLOCK_MONOTONIC`.
+        at: u64,
+    },
+    /// Nothing is pending any more in these cuts.
+    CutsFinished(Vec<CutId>),
+    /// The guest's run has ended.
+    Ended {
+        /// Its exit status, if it gave one.
+        status: Option<u32>,
+        /// What happened.
+        text: String,
+    },
+    /// Something has gone wrong that does not end the VM by itself.
+    Trouble(String),
+    /// Console output.
+    Console(Vec<u8>),
+}
+
+/// A request with its number.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Comes back with the answer.
+    pub number: u64,
+    /// What is asked.
+    pub order: Order,
+}
+
+/// From a member to the keeper.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Message {
+    /// The member is ready to become a VM.
+    Ready,
+    /// It could not be made ready.
+    Unfit(String),
+    /// The answer to a request.
+    Answer {
+        /// The request's number.
+        number: u64,
+        /// The answer.
+        result: Result<Reply, String>,
+    },
+    /// Unasked.
+    Event(Event),
+}

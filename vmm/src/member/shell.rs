@@ -1,0 +1,146 @@
+//! A member before it is a VM: whatever can be made ahead has been made, and belongs to this
+//! process alone: window, KVM VM, slots over the window, vCPUs and their threads.
+#![expect(unsafe_code, reason = "vouches to KVM for the window")]
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use super::MemberError;
+use super::machine::MemberMachine;
+use super::messages::{GuestKind, Setup};
+use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
+use crate::board::{Board, WordMemory};
+use crate::ipc::{Channel, SharedMemory};
+use crate::kvm::{HostAddress, Irqchip, Kvm, Region, VcpuThread, Vm, VmConfig};
+use crate::window::Window;
+use crate::words::{LEAF_BYTES, wide};
+
+/// Words of a board in memory that processes share.
+pub struct SharedWords {
+    memory: SharedMemory,
+    count: usize,
+}
+
+impl SharedWords {
+    /// All of `memory` as words.
+    #[must_use]
+    pub fn over(memory: SharedMemory) -> Self {
+        let count = memory.len_bytes() / size_of::<u32>();
+        Self { memory, count }
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    fn bytes(words: &Range<usize>) -> Range<usize> {
+        words.start * size_of::<u32>()..words.end * size_of::<u32>()
+    }
+}
+
+impl WordMemory for SharedWords {
+    fn words(&self) -> &[AtomicU32] {
+        self.memory.words_u32(0, self.count).expect("the count was computed from the length")
+    }
+
+    fn reserve(&self, words: Range<usize>) -> io::Result<()> {
+        self.memory.reserve(Self::bytes(&words)).map_err(io::Error::other)
+    }
+
+    fn punch(&self, words: Range<usize>) -> io::Result<()> {
+        self.memory.punch(Self::bytes(&words)).map_err(io::Error::other)
+    }
+}
+
+/// See the module.
+pub struct Shell {
+    /// What it was made for.
+    pub setup: Setup,
+    /// The colony's board.
+    pub board: Board,
+    /// Creates the files of this member.
+    pub files: Arc<MemberFiles>,
+    /// The VM's memory: anonymous, untouched.
+    pub window: Window,
+    /// The KVM VM; none for a thread guest.
+    pub vm: Option<Arc<Vm>>,
+    /// Its vCPUs, parked.
+    pub vcpus: Vec<VcpuThread>,
+    /// What the vCPUs' exits go to.
+    pub machine: Arc<MemberMachine>,
+}
+
+/// A member's side of the arena.
+pub struct MemberFiles {
+    /// Opens any file.
+    pub reader: Arc<ArenaReader>,
+    /// Creates files.
+    pub writer: ArenaWriter,
+    /// Whose files these are: their names begin with it.
+    pub slot: u32,
+}
+
+impl Shell {
+    /// Makes a shell. `descriptors` are the board and the arena's.
+    ///
+    /// # Errors
+    /// Whatever the host does not have or refuses.
+    pub fn new(
+        setup: Setup,
+        mut descriptors: Vec<OwnedFd>,
+        keeper: Arc<Channel>,
+    ) -> Result<Self, MemberError> {
+        if descriptors.is_empty() {
+            return Err(MemberError::Protocol("a setup comes with the board"));
+        }
+        let board = SharedWords::over(SharedMemory::from_fd(descriptors.remove(0))?);
+        let board = Board::new(setup.board, Arc::new(board));
+        let (reader, writer) = ArenaDir::from_parts(&setup.arena, descriptors)?;
+        let reader = Arc::new(reader);
+        let files = MemberFiles { reader: Arc::clone(&reader), writer, slot: setup.slot };
+        let window = Window::new(setup.memory, setup.is_huge, reader).map_err(MemberError::Window)?;
+        let machine = Arc::new(MemberMachine::new(setup.vcpus, keeper).map_err(MemberError::Window)?);
+        let (vm, vcpus) = match setup.guest {
+            GuestKind::Kvm => {
+                let (vm, vcpus) = make_vm(&setup, &window, &machine)?;
+                (Some(vm), vcpus)
+            }
+            GuestKind::Thread => (None, Vec::new()),
+        };
+        Ok(Self { setup, board, files: Arc::new(files), window, vm, vcpus, machine })
+    }
+}
+
+fn make_vm(
+    setup: &Setup,
+    window: &Window,
+    machine: &Arc<MemberMachine>,
+) -> Result<(Arc<Vm>, Vec<VcpuThread>), MemberError> {
+    let kvm = Kvm::open()?;
+    let region = |(first, count): (crate::words::LeafNumber, u32)| Region {
+        gpa: first.gpa(),
+        len_bytes: count as usize * LEAF_BYTES,
+        // SAFETY: the window reserves the range as long as the process runs a VM over it (the VM is
+        // closed first), and Rust keeps nothing in it.
+        host: unsafe { HostAddress::new(window.host_address(first.gpa()).as_ptr()) },
+    };
+    let regions: Vec<Region> = setup.memory.regions().into_iter().map(region).collect();
+    debug_assert!(
+        regions.iter().map(|region| wide(region.len_bytes)).sum::<u64>() == setup.memory.ram_bytes()
+    );
+    let config = VmConfig { vcpus: setup.vcpus, irqchip: Irqchip::Split, regions };
+    let (vm, vcpus) = Vm::new(&kvm, &config)?;
+    let threads = vcpus
+        .into_iter()
+        .map(|vcpu| {
+            let machine = Arc::clone(machine);
+            VcpuThread::spawn(vcpu, machine)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok((Arc::new(vm), threads))
+}

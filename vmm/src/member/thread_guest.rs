@@ -1,0 +1,168 @@
+//! A host thread as the guest: it does a puppet's orders on the window, so that the whole memory
+//! manager runs where there is no KVM. It is not stopped at a cut: like a device, it is held by
+//! the protection alone.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use salp_protocol::{call, order};
+
+use super::machine::{Live, MemberMachine};
+use super::mailbox::Mailbox;
+use super::messages::{Event, PuppetOrder};
+use crate::words::{Gpa, PAGE_BYTES, index};
+
+/// The thread; stopped and joined when dropped.
+pub struct ThreadGuest {
+    machine: Arc<MemberMachine>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ThreadGuest {
+    /// Starts the guest of a machine that has its role.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn start(machine: &Arc<MemberMachine>) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (for_thread, for_stop) = (Arc::clone(machine), Arc::clone(&stop));
+        let thread = std::thread::Builder::new()
+            .name("guest".to_owned())
+            .spawn(move || run(&for_thread, &for_stop))?;
+        Ok(Self { machine: Arc::clone(machine), stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for ThreadGuest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.machine.mailboxes().iter().for_each(Mailbox::finish);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a thread guest panicked");
+        }
+    }
+}
+
+fn run(machine: &MemberMachine, stop: &AtomicBool) {
+    let (Some(mailbox), Ok(live)) = (machine.mailbox(0), machine.role()) else { return };
+    let guest = Guest { machine, mailbox, live, stop };
+    loop {
+        mailbox.hush();
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+        if let Some(order) = mailbox.take_order() {
+            let result = guest.obey(&order);
+            if mailbox.take_working() {
+                machine.tell(Event::Puppet { vcpu: 0, result });
+            }
+            continue;
+        }
+        let result = poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None);
+        if let Err(error) = result
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::error!(%error, "waiting for orders failed");
+            return;
+        }
+    }
+}
+
+struct Guest<'a> {
+    machine: &'a MemberMachine,
+    mailbox: &'a Mailbox,
+    live: &'a Live,
+    stop: &'a AtomicBool,
+}
+
+impl Guest<'_> {
+    fn obey(&self, PuppetOrder { order, a, b, c, d }: &PuppetOrder) -> u64 {
+        let (a, b, c, d) = (*a, *b, *c, *d);
+        match *order {
+            order::NOTHING => 0,
+            order::STORE64 => self.store(a, &b.to_le_bytes()),
+            order::LOAD64 => self.load(a),
+            order::STORE8 => self.store(a, &b.to_le_bytes()[..1]),
+            order::STORE_STRIDE => (0..c).fold(0, |_, page| self.store(a + page * d, &b.to_le_bytes())),
+            order::SUM_STRIDE => {
+                (0..c).fold(0, |sum: u64, page| sum.wrapping_add(self.load(a + page * d)))
+            }
+            order::ATOMIC_ADD => {
+                // One thread is the whole guest: nobody stores between the two.
+                let old = self.load(a);
+                self.store(a, &old.wrapping_add(b).to_le_bytes());
+                old
+            }
+            order::FILL => self.fill(a, b.to_le_bytes()[0], c),
+            order::DMA_WRITE => self.with_dma(|dma| {
+                dma.mmio_write(a, &b.to_le_bytes());
+                0
+            }),
+            order::DMA_READ => self.with_dma(|dma| {
+                let mut value = [0; 8];
+                dma.mmio_read(a, &mut value);
+                u64::from_le_bytes(value)
+            }),
+            order::COUNT => self.count(a, b, c),
+            _ => call::FAILED,
+        }
+    }
+
+    fn is_memory(&self, gpa: Gpa, len_bytes: usize) -> bool {
+        self.live.space.shape().contains(gpa, len_bytes)
+    }
+
+    fn store(&self, address: u64, bytes: &[u8]) -> u64 {
+        if !self.is_memory(Gpa(address), bytes.len()) {
+            return call::FAILED;
+        }
+        self.live.space.host().write(Gpa(address), bytes);
+        0
+    }
+
+    fn load(&self, address: u64) -> u64 {
+        let mut bytes = [0; 8];
+        if !self.is_memory(Gpa(address), bytes.len()) {
+            return call::FAILED;
+        }
+        self.live.space.host().read(Gpa(address), &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn fill(&self, address: u64, byte: u8, len_bytes: u64) -> u64 {
+        let chunk = [byte; PAGE_BYTES];
+        let mut done = 0;
+        while done < len_bytes {
+            let count = index((len_bytes - done).min(crate::words::wide(PAGE_BYTES)));
+            if self.store(address + done, &chunk[..count]) != 0 {
+                return call::FAILED;
+            }
+            done += crate::words::wide(count);
+        }
+        0
+    }
+
+    fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> u64 {
+        self.live.bus.dma.as_ref().map_or(call::FAILED, work)
+    }
+
+    fn count(&self, first: u64, second: u64, rounds: u64) -> u64 {
+        let mut k = 0;
+        loop {
+            for _ in 0..rounds {
+                k += 1;
+                self.store(first, &u64::to_le_bytes(k));
+                self.store(second, &u64::to_le_bytes(k));
+            }
+            if self.mailbox.should_stop_counting() || self.stop.load(Ordering::SeqCst) {
+                return k;
+            }
+        }
+    }
+}
