@@ -1,7 +1,7 @@
 //! Where the vCPUs enter, and all that runs in ring 0.
 //!
 //! - `start`: the entry point, in ring 3, with a stack and three arguments
-//!   (see [`salp_protocol::exit`]).
+//!   (see [`salp_protocol::layout`]).
 //! - 256 entry stubs of 16 bytes at the image's first page, where the loader's interrupt descriptor
 //!   table points. They push an error code (where the processor does not) and the vector.
 //! - An exception ends the VM with its vector as status.

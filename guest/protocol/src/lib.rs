@@ -6,6 +6,9 @@
 pub mod dma;
 
 /// Where things are in the built-in guest's physical memory.
+///
+/// Every vCPU enters at the image's entry point in 64-bit ring 3, all RAM mapped to itself, with
+/// `rdi` = its number, `rsi` = the number of vCPUs, `rdx` = bytes of RAM, and a stack of its own.
 pub mod layout {
     /// Where the guest's image is linked and loaded: everything below is the loader's (tables,
     /// descriptor tables, command line).
@@ -42,9 +45,6 @@ pub mod layout {
 }
 
 /// What the built-in guest writes to [`port::EXIT`].
-///
-/// Each vCPU enters at the image's entry point in ring 3 with `rdi` = its number, `rsi` = the
-/// number of vCPUs, `rdx` = bytes of RAM, and its stack pointer set.
 pub mod exit {
     /// The case ended and every check held.
     pub const OK: u32 = 0;

@@ -68,8 +68,9 @@ impl EntryState {
     }
 
     /// The special registers of vCPU `vcpu`; what does not matter here (the local APIC's base, for
-    /// one) is taken from `base`, the vCPU's state as KVM created it. A vCPU other than 0 must also
-    /// be made runnable by `KVM_SET_MP_STATE`.
+    /// one, which must stay in xAPIC mode) is taken from `base`, the vCPU's state as KVM created
+    /// it. To be set after `KVM_SET_CPUID2`. A vCPU other than 0 must also be made runnable by
+    /// `KVM_SET_MP_STATE`.
     #[must_use]
     pub fn special_registers(&self, vcpu: u8, base: kvm_sregs) -> kvm_sregs {
         let data = kvm_segment {

@@ -203,7 +203,7 @@ impl Lane {
             let registered = self.plan.slot.is_some();
             let by_kernel = match self.plan.kernel {
                 0 => false,
-                1 => registered && self.cycle % 2 == 0,
+                1 => registered && self.cycle.is_multiple_of(2),
                 _ => true,
             };
             flags |= if registered { flag::REGISTERED } else { 0 };

@@ -121,7 +121,7 @@ impl Case {
                 index,
                 buffers,
                 capacity: capacity.min(disk_bytes & !0xfff),
-                disk: index * disk_bytes & !0xfff,
+                disk: (index * disk_bytes) & !0xfff,
                 slot,
                 kernel,
                 flags: if interrupt { flag::INTERRUPT } else { 0 },
