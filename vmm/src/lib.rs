@@ -17,3 +17,5 @@ pub mod window;
 pub mod kvm;
 pub mod devices;
 pub mod boot;
+pub mod member;
+pub mod keeper;

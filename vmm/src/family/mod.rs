@@ -324,6 +324,12 @@ impl Family {
         }
     }
 
+    /// Books what the tables have given up since the last sweep, and nothing else: counts are exact
+    /// afterwards.
+    pub fn book_released(&mut self) {
+        self.count_released();
+    }
+
     /// A cut is unneeded if nobody refers to it but its own source, or that source's later cuts
     /// that are unneeded themselves.
     fn declare_unneeded(&mut self, sweep: &mut Sweep) {

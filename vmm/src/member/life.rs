@@ -1,14 +1,12 @@
 //! The life of a VM in its member: boot or become, cut, report, end.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use salp_protocol::call;
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::MemberError;
 use super::machine::{Live, MemberMachine};
@@ -34,7 +32,7 @@ use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Msi, VcpuThread, Vm, resume_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
 use crate::window::{CutFiles, OnFailure, Resolvers, Window};
-use crate::words::{LEAF_BYTES, wide};
+use crate::words::wide;
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
@@ -464,7 +462,11 @@ impl Member {
             };
             at = at.max(entered);
         }
-        self.machine.tell(Event::Reentered { cut, at });
+        let harvest = self.life().and_then(|life| Ok(life.space.harvest()?));
+        match harvest {
+            Ok(report) => self.machine.tell(Event::Reentered { cut, at, pages: report.counts }),
+            Err(error) => self.machine.tell(Event::Trouble(error.to_string())),
+        }
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {
@@ -566,7 +568,26 @@ impl Member {
 /// How long to look for the vCPUs' re-entry.
 const REENTRY_LIMIT: Duration = Duration::from_millis(50);
 
+/// `minflt` of this process, the tenth field of its `stat` (proc(5)); its name may have spaces, so the
+/// fields are counted from the parenthesis that ends it.
 fn minor_faults() -> u64 {
-    let usage = vmm_usage();
-    u64::try_from(usage).unwrap_or(0)
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    after_name.split_whitespace().nth(7).and_then(|field| field.parse().ok()).unwrap_or(0)
+}
+
+/// Loads the built-in guest.
+fn load(space: &Arc<Space<Window>>, vcpus: u8, command_line: &str) -> Result<EntryState, MemberError> {
+    let memory = super::ram::boot_memory(space).map_err(MemberError::Window)?;
+    Ok(load_builtin(&memory, vcpus, command_line)?)
+}
+
+/// Puts a vCPU at the guest's entry.
+fn enter(vcpu: &VcpuThread, entry: &EntryState) -> Result<(), MemberError> {
+    let index = u8::try_from(vcpu.index()).map_err(|_| MemberError::Protocol("too many vcpus"))?;
+    let mut state = vcpu.save()?;
+    state.sregs = entry.special_registers(index, state.sregs);
+    state.regs = entry.registers(index);
+    state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
+    Ok(vcpu.set(&state)?)
 }

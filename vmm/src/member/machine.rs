@@ -116,13 +116,8 @@ impl MemberMachine {
         loop {
             mailbox.hush();
             if let Some(order) = mailbox.take_order() {
-                *registers = CallRegisters {
-                    rax: order.order,
-                    rdi: order.a,
-                    rsi: order.b,
-                    rdx: order.c,
-                    r8: order.d,
-                };
+                *registers =
+                    CallRegisters { rax: order.order, rdi: order.a, rsi: order.b, rdx: order.c, r8: order.d };
                 return CallOutcome::Return;
             }
             if let Woken::Stop = stop.wait(Some(std::os::fd::AsFd::as_fd(mailbox)), None) {

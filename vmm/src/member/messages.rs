@@ -10,7 +10,7 @@ use crate::devices::serial::SerialState;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::{Times, VcpuState, VmState};
-use crate::space::{CutFigures, Keep, SpaceReport};
+use crate::space::{CutFigures, Keep, PageCounts, SpaceReport};
 use crate::words::{Gfn, MemoryShape};
 
 /// What runs in a VM.
@@ -318,6 +318,8 @@ pub enum Event {
         cut: CutId,
         /// The last of them, in nanoseconds of `CLOCK_MONOTONIC`.
         at: u64,
+        /// What the VM's memory was right after that.
+        pages: PageCounts,
     },
     /// Nothing is pending any more in these cuts.
     CutsFinished(Vec<CutId>),

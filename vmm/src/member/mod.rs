@@ -35,7 +35,8 @@ use self::life::Member;
 use self::messages::{Message, Order, Reply, Request, Setup};
 use self::shell::Shell;
 use crate::arena_files::ArenaError;
-use crate::ipc::{Channel, IpcError, SharedMemoryError, spawn};
+use crate::ipc::shared::SharedMemoryError;
+use crate::ipc::{Channel, IpcError, spawn};
 use crate::kvm::KvmError;
 use crate::space::SpaceError;
 

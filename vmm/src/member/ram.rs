@@ -4,10 +4,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
 use crate::devices::{Access, GuestRam, HostAddress, PinnedRange, RamError};
 use crate::space::{self, Space, SpaceError};
 use crate::window::Window;
-use crate::words::{Gfn, Gpa, PAGE_BYTES, wide};
+use crate::words::{Gfn, Gpa, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
 
 /// See the module.
 pub struct SpaceRam(pub Arc<Space<Window>>);
@@ -88,4 +91,30 @@ impl GuestRam for SpaceRam {
         self.0.host().word(gpa).ok_or_else(misaligned)?.store(value, Ordering::Release);
         Ok(())
     }
+}
+
+/// The RAM of a space for the loader, which wants a memory of vm-memory's.
+///
+/// # Errors
+/// The regions do not fit together.
+pub fn boot_memory(space: &Arc<Space<Window>>) -> std::io::Result<GuestMemoryMmap> {
+    let region = |(first, count): (LeafNumber, u32)| {
+        let host = space.host().host_address(first.gpa()).as_ptr();
+        let len_bytes = count as usize * LEAF_BYTES;
+        // SAFETY: the window maps this range readable and writable as long as the space lives, which
+        // outlives the loader; nothing in Rust refers to it but by raw copies.
+        let mapping = unsafe {
+            MmapRegion::build_raw(
+                host,
+                len_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            )
+        };
+        let mapping = mapping.map_err(std::io::Error::other)?;
+        GuestRegionMmap::new(mapping, GuestAddress(first.gpa().0))
+            .ok_or_else(|| std::io::Error::other("a region of memory wraps around"))
+    };
+    let regions = space.shape().regions().into_iter().map(region).collect::<Result<Vec<_>, _>>()?;
+    GuestMemoryMmap::from_regions(regions).map_err(std::io::Error::other)
 }

@@ -157,10 +157,22 @@ impl Pagemap {
     /// # Errors
     /// The host refused.
     pub fn frame_number_at(&self, address: u64) -> io::Result<u64> {
-        let mut entry = [0; 8];
-        self.0.read_exact_at(&mut entry, address / wide(PAGE_BYTES) * 8)?;
-        let entry = u64::from_ne_bytes(entry);
-        let is_present = entry >> 63 == 1;
-        Ok(if is_present { entry & ((1 << 55) - 1) } else { 0 })
+        Ok(self.frame_numbers(address, 1)?[0])
+    }
+
+    /// The host frame numbers of `count` pages from a host address of the process; 0 where none is
+    /// mapped, or the caller may not know.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn frame_numbers(&self, address: u64, count: usize) -> io::Result<Vec<u64>> {
+        let mut entries = vec![0; count * 8];
+        self.0.read_exact_at(&mut entries, address / wide(PAGE_BYTES) * 8)?;
+        let number = |entry: &[u8]| {
+            let entry = entry.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+            let is_present = entry >> 63 == 1;
+            if is_present { entry & ((1 << 55) - 1) } else { 0 }
+        };
+        Ok(entries.chunks_exact(8).map(number).collect())
     }
 }

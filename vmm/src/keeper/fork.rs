@@ -1,0 +1,263 @@
+//! A fork: one cut, any number of clones.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::member_handle::MemberHandle;
+use super::{Colony, ColonyError, Shared, borrow};
+use crate::family::VmId;
+use crate::frames::CutId;
+use crate::kvm::vcpu::monotonic_ns;
+use crate::member::messages::{CutReply, CutTimes, Description, Order, Reply};
+use crate::space::CutFigures;
+
+/// A clone, and when the order to run it was given.
+#[derive(Clone, Copy, Debug)]
+pub struct Cloned {
+    /// Its name.
+    pub vm: VmId,
+    /// In nanoseconds of `CLOCK_MONOTONIC`.
+    pub running_at: u64,
+}
+
+/// What a fork did.
+#[derive(Clone, Debug)]
+pub struct Forked {
+    /// The cut.
+    pub cut: CutId,
+    /// The source.
+    pub source: VmId,
+    /// The clones.
+    pub clones: Vec<Cloned>,
+    /// When the fork was asked for, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub asked_at: u64,
+    /// Structure and files were reserved.
+    pub reserved_at: u64,
+    /// The source had answered.
+    pub cut_at: u64,
+    /// The source's own times.
+    pub times: CutTimes,
+    /// What was done in the pause.
+    pub figures: CutFigures,
+}
+
+/// A fork in microseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ForkTimes {
+    /// First kick to the source's last re-entry.
+    pub pause_us: f64,
+    /// Request to the clone's vCPU entering the guest.
+    pub call_us: f64,
+    /// Request to the clone's first exit.
+    pub first_instruction_us: f64,
+    /// The parts.
+    pub stages_us: Stages,
+}
+
+/// The parts of a fork, in microseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Stages {
+    /// Keeper: structure and files.
+    pub reserve_structure: f64,
+    /// To the source's process.
+    pub hop_to_source: f64,
+    /// Source, running: registration, protection ahead.
+    pub reserve_memory: f64,
+    /// First kick to the last vCPU stopped.
+    pub stop: f64,
+    /// Completions held.
+    pub hold: f64,
+    /// vCPUs and devices saved.
+    pub save: f64,
+    /// Pinned pages copied.
+    pub copy: f64,
+    /// Memory protected.
+    pub protect: f64,
+    /// Resume ordered to the last vCPU in the guest again.
+    pub resume: f64,
+    /// Source's answer to the order to run the clone: two hops, mapping, state set.
+    pub clone: f64,
+    /// That order to the clone's vCPU entering the guest.
+    pub enter: f64,
+}
+
+impl Colony {
+    /// Takes a cut of a VM and starts `count` clones from it.
+    ///
+    /// # Errors
+    /// The VM does not exist, or something could not be had: the VM runs on.
+    pub fn fork(&self, vm: VmId, count: usize) -> Result<Forked, ColonyError> {
+        self.shared.fork(vm, count, None)
+    }
+
+    /// How long a fork took, for one of its clones: waits until its first exit is known.
+    ///
+    /// # Errors
+    /// A process ended, or a VM that sleeps did not come to an exit within `limit`.
+    pub fn fork_times(
+        &self,
+        forked: &Forked,
+        clone: &Cloned,
+        limit: Duration,
+    ) -> Result<ForkTimes, ColonyError> {
+        let reentered = self
+            .member(forked.source)?
+            .wait_for(limit, |state| state.reentered.get(&forked.cut).map(|(at, _)| *at))?;
+        let member = self.member(clone.vm)?;
+        let is_kvm = self.config().guest == crate::member::messages::GuestKind::Kvm;
+        let first_exit =
+            if is_kvm { member.wait_for(limit, |state| state.first_exit)? } else { clone.running_at };
+        let entered = match member.ask(Order::Describe, &[])? {
+            Reply::Describe(description) => entered_at(&description).unwrap_or(clone.running_at),
+            _ => clone.running_at,
+        };
+        Ok(times_of(forked, clone, reentered, first_exit, entered))
+    }
+}
+
+fn entered_at(description: &Description) -> Option<u64> {
+    description.vcpus.iter().map(|times| times.entered_ns).filter(|at| *at != 0).min()
+}
+
+fn times_of(forked: &Forked, clone: &Cloned, reentered: u64, first_exit: u64, entered: u64) -> ForkTimes {
+    let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e3;
+    let times = &forked.times;
+    // A vCPU that was stopped again since then (for the next cut) has later times: the order to run
+    // is a lower bound of both.
+    let entered = if entered > first_exit { clone.running_at } else { entered };
+    ForkTimes {
+        pause_us: us(times.reserved, reentered.max(times.resumed)),
+        call_us: us(forked.asked_at, entered.max(clone.running_at)),
+        first_instruction_us: us(forked.asked_at, first_exit),
+        stages_us: Stages {
+            reserve_structure: us(forked.asked_at, forked.reserved_at),
+            hop_to_source: us(forked.reserved_at, times.begun),
+            reserve_memory: us(times.begun, times.reserved),
+            stop: us(times.reserved, times.stopped),
+            hold: us(times.stopped, times.held),
+            save: us(times.held, times.saved),
+            copy: forked.figures.copy.as_secs_f64() * 1e6,
+            protect: forked.figures.protect.as_secs_f64() * 1e6,
+            resume: us(times.protected, reentered.max(times.resumed)),
+            clone: us(forked.cut_at, clone.running_at),
+            enter: us(clone.running_at, entered),
+        },
+    }
+}
+
+impl Shared {
+    pub(super) fn fork(
+        self: &Arc<Self>,
+        source: VmId,
+        count: usize,
+        asked_by: Option<usize>,
+    ) -> Result<Forked, ColonyError> {
+        let asked_at = monotonic_ns();
+        let member = self.member(source)?;
+        let (cut, previous) = {
+            let mut inner = self.lock();
+            (inner.family.reserve_cut(source)?, inner.last_cut.get(&source).copied())
+        };
+        let reply = self.take_cut(&member, cut, previous, asked_by);
+        let (reply, reserved_at) = match reply {
+            Ok(reply) => reply,
+            Err(error) => {
+                // The files, if any, go with the next sweep.
+                self.lock().family.abort_cut(cut);
+                self.post(super::steward::Job::Sweep);
+                return Err(error);
+            }
+        };
+        let cut_at = monotonic_ns();
+        {
+            let mut inner = self.lock();
+            inner.family.commit_cut(cut);
+            inner.last_cut.insert(source, cut);
+        }
+        let clones = self.start_clones(source, cut, &reply, count)?;
+        Ok(Forked {
+            cut,
+            source,
+            clones,
+            asked_at,
+            reserved_at,
+            cut_at,
+            times: reply.times,
+            figures: reply.figures,
+        })
+    }
+
+    fn take_cut(
+        &self,
+        member: &MemberHandle,
+        cut: CutId,
+        previous: Option<CutId>,
+        asked_by: Option<usize>,
+    ) -> Result<(Box<CutReply>, u64), ColonyError> {
+        let files = self.make_cut_files(cut)?;
+        let reserved_at = monotonic_ns();
+        let answer = member.ask(Order::Cut { cut, previous, asked_by }, &borrow(&files));
+        self.lock().files.insert(cut, files);
+        match answer? {
+            Reply::Cut(reply) => Ok((reply, reserved_at)),
+            _ => {
+                Err(ColonyError::Refused { vm: member.vm(), reason: "it answered something else".to_owned() })
+            }
+        }
+    }
+
+    fn start_clones(
+        self: &Arc<Self>,
+        source: VmId,
+        cut: CutId,
+        reply: &CutReply,
+        count: usize,
+    ) -> Result<Vec<Cloned>, ColonyError> {
+        let mut clones = Vec::new();
+        for _ in 0..count {
+            clones.push(self.start_clone(source, cut, reply)?);
+        }
+        Ok(clones)
+    }
+
+    /// A clone whose member dies before it runs is taken over by another, once.
+    fn start_clone(
+        self: &Arc<Self>,
+        source: VmId,
+        cut: CutId,
+        reply: &CutReply,
+    ) -> Result<Cloned, ColonyError> {
+        match self.try_clone(source, cut, reply) {
+            Err(ColonyError::Died(_)) => self.try_clone(source, cut, reply),
+            other => other,
+        }
+    }
+
+    fn try_clone(
+        self: &Arc<Self>,
+        source: VmId,
+        cut: CutId,
+        reply: &CutReply,
+    ) -> Result<Cloned, ColonyError> {
+        let member = self.take_member()?;
+        let vm = {
+            let mut inner = self.lock();
+            let vm = inner.family.clone_vm(cut, member.slot())?;
+            inner.vms.insert(vm, Arc::clone(&member));
+            inner.parents.insert(vm, source);
+            vm
+        };
+        member.name(vm);
+        let order = Order::Become { vm, cut, snapshot: Box::new(reply.snapshot.clone()) };
+        match member.ask(order, &[]) {
+            Ok(Reply::Running { at }) => Ok(Cloned { vm, running_at: at }),
+            Ok(_) => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
+            Err(error) => {
+                member.kill();
+                Err(error)
+            }
+        }
+    }
+}

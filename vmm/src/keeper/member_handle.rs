@@ -1,0 +1,309 @@
+//! One member process, seen from its keeper.
+//!
+//! A reader thread takes what the member says: answers go to whoever asked, events change the
+//! [`MemberState`] that others wait on, and the end of the channel is the end of the process.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::steward::Job;
+use super::{ANSWER_LIMIT, ColonyError, Shared};
+use crate::family::VmId;
+use crate::frames::CutId;
+use crate::ipc::{Channel, spawn};
+use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, Setup};
+use crate::member::{CHANNEL_NUMBER, MEMBER_ARGUMENT};
+use crate::space::PageCounts;
+
+/// What a member has told of itself.
+#[derive(Clone, Debug, Default)]
+pub struct MemberState {
+    /// The guest's last report.
+    pub progress: Progress,
+    /// How many reports there were.
+    pub reports: u64,
+    /// Results of a puppet's orders that nobody has taken yet: (vCPU, result).
+    pub puppet_results: Vec<(usize, u64)>,
+    /// When the clone left the guest for the first time, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub first_exit: Option<u64>,
+    /// The end of the pause of each cut, and what the memory was then.
+    pub reentered: BTreeMap<CutId, (u64, PageCounts)>,
+    /// The guest's run has ended: status and text.
+    pub ended: Option<(Option<u32>, String)>,
+    /// What has gone wrong.
+    pub troubles: Vec<String>,
+    /// Console output so far.
+    pub console: Vec<u8>,
+    /// The process is gone.
+    pub is_gone: bool,
+}
+
+type Answer = Result<Reply, String>;
+
+/// See the module.
+pub struct MemberHandle {
+    slot: u32,
+    vm: OnceLock<VmId>,
+    channel: Channel,
+    child: spawn::Child,
+    next_number: AtomicU64,
+    waiting: Mutex<BTreeMap<u64, SyncSender<Answer>>>,
+    state: Mutex<MemberState>,
+    changed: Condvar,
+    is_gone: AtomicBool,
+    reader: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl MemberHandle {
+    /// Starts a member and waits until it is ready.
+    pub(super) fn start(
+        shared: &Arc<Shared>,
+        setup: &Setup,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Arc<Self>, ColonyError> {
+        let (ours, theirs) = Channel::pair()?;
+        let arguments = [std::ffi::OsStr::new(MEMBER_ARGUMENT)];
+        let handed_over = [(theirs.as_fd(), CHANNEL_NUMBER)];
+        let child = match &shared.config.program {
+            Some(program) => spawn::spawn_program(program, &arguments, &[], &handed_over)?,
+            None => spawn::spawn_self(&arguments, &[], &handed_over)?,
+        };
+        drop(theirs);
+        ours.send(setup, descriptors)?;
+        match ours.receive_within::<Message>(ANSWER_LIMIT)? {
+            Some((Message::Ready, _)) => {}
+            Some((Message::Unfit(reason), _)) => return Err(ColonyError::Unfit(reason)),
+            Some(_) => return Err(ColonyError::Unfit("a member spoke out of turn".to_owned())),
+            None => {
+                let ending = child.wait()?;
+                return Err(ColonyError::Unfit(format!("a member's process {ending} before it was ready")));
+            }
+        }
+        let handle = Arc::new(Self {
+            slot: setup.slot,
+            vm: OnceLock::new(),
+            channel: ours,
+            child,
+            next_number: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            is_gone: AtomicBool::new(false),
+            reader: Mutex::new(None),
+        });
+        let (for_reader, keeper) = (Arc::clone(&handle), Arc::downgrade(shared));
+        let reader = std::thread::Builder::new()
+            .name(format!("member {}", setup.slot))
+            .spawn(move || for_reader.read(&keeper))?;
+        *handle.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
+        Ok(handle)
+    }
+
+    /// The member's slot on the board.
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// The process's number.
+    pub fn process(&self) -> u32 {
+        u32::try_from(self.child.pid().as_raw_nonzero().get()).unwrap_or(0)
+    }
+
+    /// Gives the member its VM's name, once.
+    pub(super) fn name(&self, vm: VmId) {
+        let named = self.vm.get_or_init(|| vm);
+        debug_assert!(*named == vm, "a member is one vm in its life");
+    }
+
+    /// The VM's name; 0 before it is one.
+    pub fn vm(&self) -> VmId {
+        self.vm.get().copied().unwrap_or(VmId(0))
+    }
+
+    /// Whether the process exists.
+    pub fn is_alive(&self) -> bool {
+        !self.is_gone.load(Ordering::Acquire)
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The member refused, ended, or did not answer in time.
+    pub fn ask(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Reply, ColonyError> {
+        self.begin(order, descriptors)?.wait()
+    }
+
+    /// Asks, and leaves the waiting to [`Asked::wait`].
+    ///
+    /// # Errors
+    /// The member has ended.
+    pub fn begin(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Asked<'_>, ColonyError> {
+        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = sync_channel(1);
+        self.waiting().insert(number, sender);
+        // After the insertion: the reader empties the list when the process is gone.
+        let sent = match self.is_alive() {
+            true => self.channel.send(&Request { number, order }, descriptors).is_ok(),
+            false => false,
+        };
+        if !sent {
+            self.waiting().remove(&number);
+            return Err(ColonyError::Died(self.vm()));
+        }
+        Ok(Asked { member: self, number, answer })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, SyncSender<Answer>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the member has told.
+    pub fn state(&self) -> MutexGuard<'_, MemberState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `is` holds of what the member has told; returns what that gives.
+    ///
+    /// # Errors
+    /// The process ended, or the time is over.
+    pub fn wait_for<T>(
+        &self,
+        limit: Duration,
+        mut is: impl FnMut(&mut MemberState) -> Option<T>,
+    ) -> Result<T, ColonyError> {
+        let deadline = std::time::Instant::now() + limit;
+        let mut state = self.state();
+        loop {
+            if let Some(found) = is(&mut state) {
+                return Ok(found);
+            }
+            if state.is_gone {
+                return Err(ColonyError::Died(self.vm()));
+            }
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            if left.is_zero() {
+                return Err(ColonyError::Silent { vm: self.vm(), seconds: limit.as_secs() });
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Kills the process.
+    pub fn kill(&self) {
+        if let Err(error) = self.child.kill() {
+            tracing::error!(vm = %self.vm(), %error, "a member cannot be killed");
+        }
+    }
+
+    /// Waits until the process is gone and reaped.
+    pub fn wait_end(&self) {
+        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(reader) = reader
+            && reader.join().is_err()
+        {
+            tracing::error!(vm = %self.vm(), "the reader of a member panicked");
+        }
+    }
+
+    /// The reader thread.
+    fn read(&self, keeper: &Weak<Shared>) {
+        loop {
+            match self.channel.receive::<Message>() {
+                Ok(Some((message, _))) => self.take(message, keeper),
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::error!(vm = %self.vm(), %error, "a member cannot be understood");
+                    self.kill();
+                    break;
+                }
+            }
+        }
+        if let Err(error) = self.child.wait() {
+            tracing::error!(vm = %self.vm(), %error, "a member cannot be reaped");
+        }
+        self.is_gone.store(true, Ordering::Release);
+        // Dropping the senders tells those who wait.
+        self.waiting().clear();
+        self.state().is_gone = true;
+        self.changed.notify_all();
+        if let Some(keeper) = keeper.upgrade() {
+            keeper.post(Job::Gone { vm: self.vm.get().copied(), slot: self.slot });
+        }
+    }
+
+    fn take(&self, message: Message, keeper: &Weak<Shared>) {
+        match message {
+            Message::Answer { number, result } => {
+                if let Some(waiting) = self.waiting().remove(&number) {
+                    // Whoever asked may have given up.
+                    let _ = waiting.send(result);
+                }
+            }
+            Message::Event(event) => self.note(event, keeper),
+            Message::Ready | Message::Unfit(_) => {
+                tracing::error!(vm = %self.vm(), "a member is ready twice");
+            }
+        }
+    }
+
+    fn note(&self, event: Event, keeper: &Weak<Shared>) {
+        let post = |job: Job| {
+            if let Some(keeper) = keeper.upgrade() {
+                keeper.post(job);
+            }
+        };
+        let mut state = self.state();
+        match event {
+            Event::Progress(progress) => {
+                state.progress = progress;
+                state.reports += 1;
+            }
+            Event::Puppet { vcpu, result } => state.puppet_results.push((vcpu, result)),
+            Event::ForkAsked { vcpu } => post(Job::ForkAsked { vm: self.vm(), vcpu }),
+            Event::FirstExit { at } => state.first_exit = Some(at),
+            Event::Reentered { cut, at, pages } => {
+                state.reentered.insert(cut, (at, pages));
+            }
+            Event::CutsFinished(_) => post(Job::Sweep),
+            Event::Ended { status, text } => state.ended = Some((status, text)),
+            Event::Trouble(text) => {
+                tracing::warn!(vm = %self.vm(), %text, "a member is in trouble");
+                state.troubles.push(text);
+            }
+            Event::Console(bytes) => state.console.extend(bytes),
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+/// A request that has been sent.
+pub struct Asked<'a> {
+    member: &'a MemberHandle,
+    number: u64,
+    answer: std::sync::mpsc::Receiver<Answer>,
+}
+
+impl Asked<'_> {
+    /// Waits for the answer.
+    ///
+    /// # Errors
+    /// The member refused, ended, or did not answer in time.
+    pub fn wait(self) -> Result<Reply, ColonyError> {
+        let vm = self.member.vm();
+        match self.answer.recv_timeout(ANSWER_LIMIT) {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(reason)) => Err(ColonyError::Refused { vm, reason }),
+            Err(RecvTimeoutError::Disconnected) => Err(ColonyError::Died(vm)),
+            Err(RecvTimeoutError::Timeout) => {
+                self.member.waiting().remove(&self.number);
+                Err(ColonyError::Silent { vm, seconds: ANSWER_LIMIT.as_secs() })
+            }
+        }
+    }
+}

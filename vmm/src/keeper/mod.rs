@@ -1,0 +1,525 @@
+//! The keeper: the process of a colony.
+//!
+//! A colony is a VM and all its descendants, one trust domain. Its keeper holds what they have in
+//! common: names, tables ([`Family`]), the arena's files, the board, and a pool of ready members.
+//! It alone writes structure; members write only their own words of the board.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
+//! | [`fork`] | a cut and its clones |
+//! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
+//! | [`checker`] | the whole state, recomputed |
+//!
+//! # Locks
+//! `inner` (family, names, files) is never held while a member is asked something.
+
+pub mod checker;
+pub mod fork;
+pub mod member_handle;
+pub mod steward;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use self::member_handle::MemberHandle;
+use self::steward::Job;
+use crate::arena_files::{ArenaChoice, ArenaDir, ArenaError};
+use crate::board::{Board, BoardShape};
+use crate::family::{Family, FamilyError, FamilyFault, VmId};
+use crate::frames::CutId;
+use crate::ipc::shared::SharedMemoryError;
+use crate::ipc::{IpcError, SharedMemory, spawn};
+use crate::member::messages::{GuestKind, Order, Publication, Reply, Setup};
+use crate::member::shell::SharedWords;
+use crate::space::Keep;
+use crate::words::{MemoryShape, wide};
+
+/// Why a colony could not do something.
+#[derive(Debug, Error)]
+pub enum ColonyError {
+    /// No such VM, no room, and the like.
+    #[error("{0}")]
+    Family(#[from] FamilyError),
+    /// The arena.
+    #[error("{0}")]
+    Arena(#[from] ArenaError),
+    /// Shared memory.
+    #[error("{0}")]
+    Shared(#[from] SharedMemoryError),
+    /// A channel.
+    #[error("{0}")]
+    Ipc(#[from] IpcError),
+    /// A process could not be started.
+    #[error("{0}")]
+    Spawn(#[from] spawn::SpawnError),
+    /// A member could not be made ready.
+    #[error("{0}")]
+    Unfit(String),
+    /// A member refused.
+    #[error("{vm}: {reason}")]
+    Refused {
+        /// Whose member.
+        vm: VmId,
+        /// Why.
+        reason: String,
+    },
+    /// A member's process ended while it was asked something.
+    #[error("the process of {0} has ended")]
+    Died(VmId),
+    /// A member did not answer in time.
+    #[error("the process of {vm} did not answer within {seconds} s")]
+    Silent {
+        /// Whose member.
+        vm: VmId,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// There is no such VM.
+    #[error("{0} does not exist")]
+    NoVm(VmId),
+    /// All places for members are taken.
+    #[error("all {0} places for vms are taken")]
+    Members(u32),
+    /// The host refused a thread or descriptor.
+    #[error("{0}")]
+    Host(#[from] std::io::Error),
+    /// The whole state does not add up.
+    #[error("the checker found: {0}")]
+    Check(#[from] checker::CheckFault),
+    /// The tables do not add up.
+    #[error("the checker found: {0}")]
+    Tables(#[from] FamilyFault),
+}
+
+/// What a colony is made of.
+#[derive(Clone, Debug)]
+pub struct ColonyConfig {
+    /// Memory of each VM.
+    pub memory: MemoryShape,
+    /// Whether huge pages are asked for.
+    pub is_huge: bool,
+    /// vCPUs of each VM.
+    pub vcpus: u8,
+    /// What runs in the VMs.
+    pub guest: GuestKind,
+    /// When lent pages are published.
+    pub publication: Publication,
+    /// Members kept ready.
+    pub pool: usize,
+    /// Members at one time.
+    pub members: u32,
+    /// Where shared frames live.
+    pub arena: ArenaChoice,
+    /// Size of the DMA engine's backing, in bytes.
+    pub backing_bytes: u64,
+    /// The salp binary, if it is not this process's.
+    pub program: Option<PathBuf>,
+}
+
+impl ColonyConfig {
+    /// A colony of KVM VMs with `memory` and the usual rest.
+    #[must_use]
+    pub fn new(memory: MemoryShape) -> Self {
+        Self {
+            memory,
+            is_huge: true,
+            vcpus: 1,
+            guest: GuestKind::Kvm,
+            publication: Publication { in_background: true, keep: Keep::Own },
+            pool: 2,
+            members: 256,
+            arena: ArenaChoice::Best,
+            backing_bytes: 64 << 20,
+            program: None,
+        }
+    }
+}
+
+/// What the keeper knows, under one lock.
+struct Inner {
+    family: Family,
+    vms: BTreeMap<VmId, Arc<MemberHandle>>,
+    /// Ended VMs whose processes others may still need.
+    images: BTreeMap<VmId, Arc<MemberHandle>>,
+    pool: VecDeque<Arc<MemberHandle>>,
+    /// Members being made.
+    growing: usize,
+    free_slots: BTreeSet<u32>,
+    /// Each cut's block file and patch file.
+    files: BTreeMap<CutId, [OwnedFd; 2]>,
+    last_cut: BTreeMap<VmId, CutId>,
+    parents: BTreeMap<VmId, VmId>,
+}
+
+/// What all threads of a keeper share.
+pub(crate) struct Shared {
+    config: ColonyConfig,
+    board: Board,
+    words: Arc<SharedWords>,
+    arena: ArenaDir,
+    inner: Mutex<Inner>,
+    /// The pool, the images or the family changed.
+    changed: Condvar,
+    jobs: Mutex<Sender<Job>>,
+    is_closing: AtomicBool,
+}
+
+/// A colony, from the inside of its keeper. Dropping it ends every VM and process.
+pub struct Colony {
+    shared: Arc<Shared>,
+    steward: Option<JoinHandle<()>>,
+}
+
+/// How long a member may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+impl Colony {
+    /// A colony without VMs, whose pool begins to fill.
+    ///
+    /// # Errors
+    /// The host has no room for the board or the arena.
+    pub fn new(config: ColonyConfig) -> Result<Self, ColonyError> {
+        let leaves = config.memory.span_leaves();
+        let members = config.members;
+        // A cut a member and its retries; tables and records in proportion. Untouched parts cost nothing.
+        let shape = BoardShape {
+            leaves,
+            cuts: (members * 8).max(1024),
+            members,
+            nodes: 1 << 16,
+            records: (leaves * members).clamp(1 << 16, 1 << 22),
+        };
+        let bytes = shape.total_words() * size_of::<u32>();
+        let words = Arc::new(SharedWords::over(SharedMemory::create("salp-board", bytes)?));
+        let board = Board::new(shape, Arc::<SharedWords>::clone(&words));
+        let arena = ArenaDir::create_as(config.arena, arena_budget_bytes(&config))?;
+        let (jobs, todo) = channel();
+        let inner = Inner {
+            family: Family::new(board.clone()),
+            vms: BTreeMap::new(),
+            images: BTreeMap::new(),
+            pool: VecDeque::new(),
+            growing: 0,
+            free_slots: (0..members).collect(),
+            files: BTreeMap::new(),
+            last_cut: BTreeMap::new(),
+            parents: BTreeMap::new(),
+        };
+        let shared = Arc::new(Shared {
+            config,
+            board,
+            words,
+            arena,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            jobs: Mutex::new(jobs),
+            is_closing: AtomicBool::new(false),
+        });
+        let for_steward = Arc::clone(&shared);
+        let steward = std::thread::Builder::new()
+            .name("steward".to_owned())
+            .spawn(move || steward::run(&for_steward, &todo))?;
+        shared.post(Job::FillPool);
+        Ok(Self { shared, steward: Some(steward) })
+    }
+
+    /// The colony's configuration.
+    #[must_use]
+    pub fn config(&self) -> &ColonyConfig {
+        &self.shared.config
+    }
+
+    /// What kind of arena the host allowed.
+    #[must_use]
+    pub fn arena_kind(&self) -> crate::arena_files::ArenaKind {
+        self.shared.arena.kind()
+    }
+
+    /// Bytes of memory in the arena.
+    ///
+    /// # Errors
+    /// The host refused to say.
+    pub fn arena_used_bytes(&self) -> Result<u64, ColonyError> {
+        Ok(self.shared.arena.used_bytes()?)
+    }
+
+    /// Waits until the pool is full.
+    ///
+    /// # Errors
+    /// A member could not be made.
+    pub fn warm(&self) -> Result<(), ColonyError> {
+        self.shared.fill_pool()
+    }
+
+    /// Starts the built-in guest in the colony's first VM.
+    ///
+    /// # Errors
+    /// No member could be had, or it could not boot.
+    pub fn boot(&self, command_line: &str) -> Result<VmId, ColonyError> {
+        let member = self.shared.take_member()?;
+        let vm = self.shared.lock().family.first_vm(member.slot());
+        member.name(vm);
+        let order = Order::Boot {
+            vm,
+            command_line: command_line.to_owned(),
+            backing_bytes: self.shared.config.backing_bytes,
+        };
+        match member.ask(order, &[]) {
+            Ok(_) => {
+                self.shared.lock().vms.insert(vm, member);
+                Ok(vm)
+            }
+            Err(error) => {
+                self.shared.lock().family.end_vm(vm);
+                member.kill();
+                Err(error)
+            }
+        }
+    }
+
+    /// The member of a VM.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub fn member(&self, vm: VmId) -> Result<Arc<MemberHandle>, ColonyError> {
+        self.shared.member(vm)
+    }
+
+    /// The running VMs.
+    #[must_use]
+    pub fn vms(&self) -> Vec<VmId> {
+        self.shared.lock().vms.keys().copied().collect()
+    }
+
+    /// The VM that this one was cloned from.
+    #[must_use]
+    pub fn parent(&self, vm: VmId) -> Option<VmId> {
+        self.shared.lock().parents.get(&vm).copied()
+    }
+
+    /// Asks a VM's member something.
+    ///
+    /// # Errors
+    /// There is no such VM, or it refused, or its process ended.
+    pub fn ask(&self, vm: VmId, order: Order) -> Result<Reply, ColonyError> {
+        self.member(vm)?.ask(order, &[])
+    }
+
+    /// Ends a VM. Its process goes when nobody needs its pages any more.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub fn end(&self, vm: VmId) -> Result<(), ColonyError> {
+        let member = self.member(vm)?;
+        // A member that died by itself has ended too.
+        let result = member.ask(Order::EndVm, &[]);
+        {
+            let mut inner = self.shared.lock();
+            inner.family.end_vm(vm);
+            if let Some(member) = inner.vms.remove(&vm) {
+                inner.images.insert(vm, member);
+            }
+        }
+        self.shared.post(Job::Sweep);
+        match result {
+            Ok(_) | Err(ColonyError::Died(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Kills a VM's process. What others still need of it is lost to them.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub fn kill(&self, vm: VmId) -> Result<(), ColonyError> {
+        self.member(vm)?.kill();
+        Ok(())
+    }
+
+    /// Waits until everything that follows from what has happened so far has been done: sweeps,
+    /// images let go, deaths booked.
+    pub fn settle(&self) {
+        let (done, wait) = channel();
+        self.shared.post(Job::Echo(done));
+        // The steward gone: nothing is left to be done.
+        let _ = wait.recv();
+    }
+
+    /// Waits until no VM or image of these is left, and nothing is pending. For tests and orderly
+    /// ends.
+    ///
+    /// # Errors
+    /// It took longer than `limit`.
+    pub fn wait_until_gone(&self, limit: Duration) -> Result<(), ColonyError> {
+        let inner = self.shared.lock();
+        let gone = |inner: &mut Inner| inner.vms.is_empty() && inner.images.is_empty();
+        let (inner, timeout) = self
+            .shared
+            .changed
+            .wait_timeout_while(inner, limit, |inner| !gone(inner))
+            .unwrap_or_else(PoisonError::into_inner);
+        let left = inner.vms.keys().chain(inner.images.keys()).next().copied();
+        match left {
+            Some(vm) if timeout.timed_out() => Err(ColonyError::Silent { vm, seconds: limit.as_secs() }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Cuts that exist in any form, and nodes and records in use: what must fall back to 0.
+    #[must_use]
+    pub fn structure_counts(&self) -> (usize, usize, usize) {
+        let inner = self.shared.lock();
+        let counts = inner.family.table_counts();
+        (inner.family.open_cuts(), counts.nodes, counts.records)
+    }
+}
+
+/// As much as half of what the host has free now: beyond that, arena pages would push guests out.
+fn arena_budget_bytes(config: &ColonyConfig) -> u64 {
+    let available = available_memory_bytes().unwrap_or(4 << 30);
+    (available / 10 * 7).max(config.memory.ram_bytes()).max(64 << 20)
+}
+
+/// `MemAvailable` of the host.
+#[must_use]
+pub fn available_memory_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post(&self, job: Job) {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if jobs.send(job).is_err() {
+            tracing::debug!("the steward has gone home");
+        }
+    }
+
+    fn member(&self, vm: VmId) -> Result<Arc<MemberHandle>, ColonyError> {
+        self.lock().vms.get(&vm).cloned().ok_or(ColonyError::NoVm(vm))
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::SeqCst)
+    }
+
+    /// A ready member: from the pool, or made now.
+    fn take_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
+        let pooled = self.lock().pool.pop_front();
+        self.post(Job::FillPool);
+        match pooled {
+            Some(member) if member.is_alive() => Ok(member),
+            Some(_) | None => self.make_member(),
+        }
+    }
+
+    fn make_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
+        let slot = self.lock().free_slots.pop_first().ok_or(ColonyError::Members(self.config.members))?;
+        let result = self.make_member_in(slot);
+        if result.is_err() {
+            self.lock().free_slots.insert(slot);
+        }
+        result
+    }
+
+    fn make_member_in(self: &Arc<Self>, slot: u32) -> Result<Arc<MemberHandle>, ColonyError> {
+        self.board.open_member(slot)?;
+        let (arena, arena_descriptors) = self.arena.share_with_member();
+        let setup = Setup {
+            board: self.board.shape(),
+            slot,
+            arena,
+            memory: self.config.memory,
+            is_huge: self.config.is_huge,
+            vcpus: self.config.vcpus,
+            guest: self.config.guest,
+            publication: self.config.publication,
+        };
+        let mut descriptors = vec![self.words.memory().fd()];
+        descriptors.extend(arena_descriptors);
+        MemberHandle::start(self, &setup, &descriptors)
+    }
+
+    fn fill_pool(self: &Arc<Self>) -> Result<(), ColonyError> {
+        loop {
+            {
+                let mut inner = self.lock();
+                inner.pool.retain(|member| member.is_alive());
+                if self.is_closing() || inner.pool.len() + inner.growing >= self.config.pool {
+                    return Ok(());
+                }
+                inner.growing += 1;
+            }
+            let member = self.make_member();
+            let mut inner = self.lock();
+            inner.growing -= 1;
+            inner.pool.push_back(member?);
+            self.changed.notify_all();
+        }
+    }
+
+    /// A new file pair for a cut.
+    fn make_cut_files(&self, cut: CutId) -> Result<[OwnedFd; 2], ColonyError> {
+        let blocks = self.arena.create_file(&cut.block_file(), self.config.memory.span_bytes())?;
+        let room = wide(crate::words::LEAF_PAGES) * u64::from(self.config.memory.span_leaves());
+        match self.arena.create_file(&cut.patch_file(), room * wide(crate::words::PAGE_BYTES)) {
+            Ok(patches) => Ok([blocks, patches]),
+            Err(error) => {
+                self.arena.remove(&cut.block_file())?;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn remove_cut_files(&self, cut: CutId) {
+        for name in [cut.block_file(), cut.patch_file()] {
+            if let Err(error) = self.arena.remove(&name) {
+                tracing::error!(%cut, %error, "a file of the arena stays");
+            }
+        }
+        if let Err(error) = self.board.close_cut(cut) {
+            tracing::error!(%cut, %error, "words of the board stay");
+        }
+    }
+}
+
+impl Drop for Colony {
+    fn drop(&mut self) {
+        self.shared.is_closing.store(true, Ordering::SeqCst);
+        self.shared.post(Job::Close);
+        if let Some(steward) = self.steward.take()
+            && steward.join().is_err()
+        {
+            tracing::error!("the steward panicked");
+        }
+        let members: Vec<_> = {
+            let mut inner = self.shared.lock();
+            let vms = std::mem::take(&mut inner.vms);
+            let images = std::mem::take(&mut inner.images);
+            let pool = std::mem::take(&mut inner.pool);
+            vms.into_values().chain(images.into_values()).chain(pool).collect()
+        };
+        // All at once, then one by one: none needs another any more.
+        members.iter().for_each(|member| member.kill());
+        members.iter().for_each(|member| member.wait_end());
+    }
+}
+
+/// Borrows descriptors for a message.
+fn borrow(descriptors: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+    descriptors.iter().map(AsFd::as_fd).collect()
+}

@@ -1,0 +1,183 @@
+//! The steward: the keeper's thread for what happens on its own. It may wait for members; nobody
+//! waits for it but by their own wish.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use rustix::fs::FallocateFlags;
+
+use super::{ColonyError, Shared};
+use crate::family::{Sweep, VmId};
+use crate::frames::Frames;
+use crate::ipc::futex;
+use crate::member::messages::Order;
+use crate::words::{LEAF_BYTES, PAGE_BYTES, wide};
+
+/// What the steward is to do.
+pub(super) enum Job {
+    /// The pool has room.
+    FillPool,
+    /// The family may have changed.
+    Sweep,
+    /// A guest asks for a fork of its VM.
+    ForkAsked {
+        /// Which VM.
+        vm: VmId,
+        /// Which vCPU.
+        vcpu: usize,
+    },
+    /// A member's process is gone.
+    Gone {
+        /// The VM that it was, if it was one.
+        vm: Option<VmId>,
+        /// Its slot.
+        slot: u32,
+    },
+    /// Say when everything before this has been done.
+    Echo(Sender<()>),
+    /// Go home.
+    Close,
+}
+
+/// The steward's thread.
+pub(super) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
+    while let Ok(job) = jobs.recv() {
+        let result = match job {
+            Job::FillPool => shared.fill_pool(),
+            Job::Sweep => shared.sweep(),
+            Job::ForkAsked { vm, vcpu } => shared.fork_for_guest(vm, vcpu),
+            Job::Gone { vm, slot } => shared.book_death(vm, slot),
+            Job::Echo(done) => {
+                let result = shared.sweep();
+                // Whoever asked may have given up.
+                let _ = done.send(());
+                result
+            }
+            Job::Close => return,
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "the steward could not do its work");
+        }
+        shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    /// Does all that follows from the family's state, until nothing more does.
+    pub(super) fn sweep(self: &Arc<Self>) -> Result<(), ColonyError> {
+        loop {
+            let sweep = self.lock().family.sweep()?;
+            self.let_go(&sweep);
+            let released = self.release_unneeded(&sweep);
+            let dismissed = self.dismiss_images();
+            if released == 0 && dismissed == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Punches what nobody refers to, and removes files.
+    fn let_go(&self, sweep: &Sweep) {
+        for frames in &sweep.freed {
+            if let Err(error) = self.punch(*frames) {
+                tracing::error!(?frames, %error, "frames stay in the arena");
+            }
+        }
+        for cut in &sweep.closed {
+            self.lock().files.remove(cut);
+            self.remove_cut_files(*cut);
+        }
+    }
+
+    fn punch(&self, frames: Frames) -> Result<(), rustix::io::Errno> {
+        let (file, offset, len_bytes) = match frames {
+            Frames::Block(block) => (0, block.leaf.gpa().0, wide(LEAF_BYTES)),
+            Frames::Patches(place) => {
+                let patches = self.board.cut(place.cut).patches(place.leaf);
+                let bytes = wide(patches.pages.len()) * wide(PAGE_BYTES);
+                (1, u64::from(patches.first_frame) * wide(PAGE_BYTES), bytes)
+            }
+        };
+        let inner = self.lock();
+        match inner.files.get(&frames.cut()) {
+            Some(files) if len_bytes > 0 => rustix::fs::fallocate(
+                &files[file],
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                offset,
+                len_bytes,
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells sources that nobody needs a cut; returns how many.
+    fn release_unneeded(&self, sweep: &Sweep) -> usize {
+        for cut in &sweep.unneeded {
+            let member = {
+                let inner = self.lock();
+                let source = inner.family.cuts().find(|(id, _)| id == cut).map(|(_, source)| source);
+                source.and_then(|vm| inner.vms.get(&vm).or_else(|| inner.images.get(&vm)).cloned())
+            };
+            let answer = member.map(|member| member.ask(Order::ReleaseCut { cut: *cut }, &[]));
+            match answer {
+                Some(Ok(_)) | None => self.lock().family.cut_released(*cut),
+                // Its death is booked soon, and releases the cut.
+                Some(Err(ColonyError::Died(_))) => {}
+                Some(Err(error)) => tracing::error!(%cut, %error, "a source keeps an unneeded cut"),
+            }
+        }
+        sweep.unneeded.len()
+    }
+
+    /// Lets images go whose pages nobody needs; returns how many.
+    fn dismiss_images(self: &Arc<Self>) -> usize {
+        let idle: Vec<_> = {
+            let inner = self.lock();
+            let unneeded = |vm: &VmId| !inner.family.is_image_needed(*vm);
+            inner.images.iter().filter(|(vm, _)| unneeded(vm)).map(|(_, m)| Arc::clone(m)).collect()
+        };
+        for member in &idle {
+            match member.ask(Order::Exit, &[]) {
+                Ok(_) | Err(ColonyError::Died(_)) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a member that will not exit is killed");
+                    member.kill();
+                }
+            }
+            member.wait_end();
+            if let Err(error) = self.book_death(Some(member.vm()), member.slot()) {
+                tracing::error!(%error, "an end could not be booked");
+            }
+        }
+        idle.len()
+    }
+
+    /// A process is gone: what it had not published is lost to those who wait for it.
+    fn book_death(&self, vm: Option<VmId>, slot: u32) -> Result<(), ColonyError> {
+        let mut inner = self.lock();
+        if let Some(vm) = vm {
+            for (cut, leaf) in inner.family.source_gone(vm) {
+                futex::wake_all(self.board.cut(cut).raw(leaf))?;
+            }
+            let was_known = inner.vms.remove(&vm).is_some() | inner.images.remove(&vm).is_some();
+            inner.last_cut.remove(&vm);
+            if was_known {
+                inner.free_slots.insert(slot);
+                drop(inner);
+                self.post(Job::Sweep);
+            }
+        } else {
+            inner.pool.retain(|member| member.slot() != slot);
+            inner.free_slots.insert(slot);
+        }
+        Ok(())
+    }
+
+    fn fork_for_guest(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<(), ColonyError> {
+        let forked = self.fork(vm, 1, Some(vcpu));
+        let clone = forked.as_ref().ok().and_then(|forked| forked.clones.first()).map(|clone| clone.vm);
+        let answered = self.member(vm)?.ask(Order::ForkResult { vcpu, clone }, &[]);
+        forked?;
+        answered.map(|_| ())
+    }
+}
