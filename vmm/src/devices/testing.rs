@@ -8,7 +8,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -37,6 +38,7 @@ pub(super) struct TestRam {
     mapping: Arc<Mapping>,
     pins: Arc<AtomicUsize>,
     refuse_pins: Mutex<bool>,
+    after_store: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl TestRam {
@@ -52,6 +54,7 @@ impl TestRam {
             mapping,
             pins: Arc::default(),
             refuse_pins: Mutex::new(false),
+            after_store: Mutex::new(None),
         }
     }
 
@@ -64,6 +67,11 @@ impl TestRam {
 
     pub(super) fn refuse_pins(&self) {
         *lock(&self.refuse_pins) = true;
+    }
+
+    /// Calls `then` once, right after the next status has been stored, on the engine's thread.
+    pub(super) fn after_next_store(&self, then: impl FnOnce() + Send + 'static) {
+        *lock(&self.after_store) = Some(Box::new(then));
     }
 
     pub(super) fn pins(&self) -> usize {
@@ -167,6 +175,10 @@ impl GuestRam for TestRam {
         assert!(gpa.0.is_multiple_of(4), "{gpa} is unaligned");
         // SAFETY: `host` checked the range, it is aligned.
         unsafe { AtomicU32::from_ptr(host.as_ptr().cast()) }.store(value, Ordering::Release);
+        let then = lock(&self.after_store).take();
+        if let Some(then) = then {
+            then();
+        }
         Ok(())
     }
 }
@@ -175,6 +187,14 @@ impl GuestRam for TestRam {
 #[derive(Default)]
 pub(super) struct MemoryFiles {
     files: Mutex<HashMap<u64, File>>,
+    refuse_writes: AtomicBool,
+}
+
+impl MemoryFiles {
+    /// From now on every write to a new file fails.
+    pub(super) fn refuse_writes(&self) {
+        self.refuse_writes.store(true, Ordering::Relaxed);
+    }
 }
 
 impl ExtentFiles for MemoryFiles {
@@ -183,6 +203,10 @@ impl ExtentFiles for MemoryFiles {
         let mut files = lock(&self.files);
         let number = wide(files.len());
         files.insert(number, file.try_clone()?);
+        if self.refuse_writes.load(Ordering::Relaxed) {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            return Ok((ExtentFileId(number), File::open(path)?));
+        }
         Ok((ExtentFileId(number), file))
     }
 

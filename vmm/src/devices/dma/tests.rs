@@ -2,6 +2,7 @@
 
 mod fork;
 
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -459,6 +460,21 @@ fn quick_transfers_overtake_slow_ones_and_a_stop_waits_for_none() {
 }
 
 #[test]
+fn a_write_that_the_host_refuses_leaves_the_backing_as_it_was() {
+    let machine = Machine::new();
+    machine.files.refuse_writes();
+    machine.ram.set(DATA, &[1; 8192]);
+    for flags in [0, flag::KERNEL] {
+        let write = descriptor(operation::WRITE, flags, 4096, DATA, 4096);
+        assert_eq!(machine.run(&write), status::FAILED);
+        let read = descriptor(operation::READ, flags, 8192, 0, DATA + 8192);
+        machine.ram.set(DATA + 8192, &[2; 8192]);
+        assert_eq!(machine.run(&read), status::OK);
+        assert_eq!(machine.ram.bytes(DATA + 8192, 8192), [0; 8192]);
+    }
+}
+
+#[test]
 fn a_full_ring_is_the_most_that_is_in_flight() {
     let machine = Machine::new();
     let held = machine.gate.hold();
@@ -484,14 +500,29 @@ fn a_full_ring_is_the_most_that_is_in_flight() {
 fn an_entry_may_be_used_again_as_soon_as_its_status_is_seen() {
     let machine = Machine::new();
     machine.set(register::RING_ENTRIES, 1);
-    let mut read = descriptor(operation::READ, 0, 64, 0, DATA);
-    read.flags = 0;
-    for tail in 1..3000 {
-        machine.ram.set(RING, &encode(&read));
-        machine.set(register::DOORBELL, tail);
-        assert_eq!(machine.get(register::ERROR), error::NONE, "tail {tail}");
-        machine.until(|m| m.status(0) == status::OK);
-    }
+    let read = descriptor(operation::READ, 0, 64, 0, DATA);
+    let (stored, status_is_seen) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    machine.ram.after_next_store(move || {
+        stored.send(()).expect("the test waits for this");
+        may_go_on.recv().expect("the test sends it");
+    });
+    machine.ram.set(RING, &encode(&read));
+    machine.set(register::DOORBELL, 1);
+    status_is_seen.recv().expect("the status is stored");
+    assert_eq!(
+        (machine.status(0), machine.get(register::COMPLETED)),
+        (status::OK, 0)
+    );
+    machine.ram.set(RING, &encode(&read));
+    machine.set(register::DOORBELL, 2);
+    assert_eq!(machine.get(register::ERROR), error::NONE);
+    go_on.send(()).expect("the engine waits for this");
+    machine.wait(2);
+    assert_eq!(
+        (machine.status(0), machine.get(register::COMPLETED)),
+        (status::OK, 2)
+    );
 }
 
 #[test]
