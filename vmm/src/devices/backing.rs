@@ -3,8 +3,8 @@
 //!
 //! A [`Backing`] is an optional read-only base file, else zeros, under a map from 4 KiB block to an
 //! *extent*: a block in an extent file. Each VM writes to one extent file of its own and only ever
-//! to extents that no map names: [`Backing::plan_write`] allocates, the data lands there, and
-//! [`WritePlan::commit`] (inside the [completion gate](super::gate)) changes the map. So at a cut
+//! to extents that no map names: `plan_write` allocates, the data lands there, and
+//! its `commit` (inside the [completion gate](super::gate)) changes the map. So at a cut
 //! the map is frozen ([`Backing::freeze`]: one reference count) and handed to the clone with the
 //! extent files, opened read-only. A write in flight at the cut lands in extents that the frozen
 //! map does not name. An extent that a frozen map may name is never written again; one that was

@@ -27,6 +27,10 @@ pub struct Bus {
     pub dma: Option<DmaEngine>,
 }
 
+// All vCPUs of a VM use one bus.
+const fn shareable<T: Send + Sync>() {}
+const _: () = shareable::<Bus>();
+
 fn serial_offset(number: u16) -> Option<u8> {
     let offset = number.checked_sub(port::SERIAL)?;
     (offset < SERIAL_PORTS).then_some(offset)?.try_into().ok()

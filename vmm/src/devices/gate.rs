@@ -188,6 +188,7 @@ mod tests {
             }
         });
         drop(first);
+        assert_eq!(lock(&gate.counts).holders, 1);
         assert!(receive.try_recv().is_err());
         drop(second);
         receive.recv().expect("the writer enters once the gate is open");

@@ -5,7 +5,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -34,6 +35,7 @@ pub(super) struct TestRam {
     mapping: Arc<Mapping>,
     pins: Arc<AtomicUsize>,
     refuse_pins: Mutex<bool>,
+    after_store: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl TestRam {
@@ -44,7 +46,13 @@ impl TestRam {
         let first = unsafe { mmap_anonymous(std::ptr::null_mut(), len_bytes, protection, flags) };
         let first = AtomicPtr::new(first.expect("memory for a test").cast());
         let mapping = Arc::new(Mapping { first, len_bytes });
-        Self { base, mapping, pins: Arc::default(), refuse_pins: Mutex::new(false) }
+        Self {
+            base,
+            mapping,
+            pins: Arc::default(),
+            refuse_pins: Mutex::new(false),
+            after_store: Mutex::new(None),
+        }
     }
 
     /// Memory of the same size with the same bytes: a clone's, at a cut.
@@ -56,6 +64,11 @@ impl TestRam {
 
     pub(super) fn refuse_pins(&self) {
         *lock(&self.refuse_pins) = true;
+    }
+
+    /// Calls `then` once, right after the next status has been stored, on the engine's thread.
+    pub(super) fn after_next_store(&self, then: impl FnOnce() + Send + 'static) {
+        *lock(&self.after_store) = Some(Box::new(then));
     }
 
     pub(super) fn pins(&self) -> usize {
@@ -145,6 +158,10 @@ impl GuestRam for TestRam {
         assert!(gpa.0.is_multiple_of(4), "{gpa} is unaligned");
         // SAFETY: `host` checked the range, it is aligned.
         unsafe { AtomicU32::from_ptr(host.as_ptr().cast()) }.store(value, Ordering::Release);
+        let then = lock(&self.after_store).take();
+        if let Some(then) = then {
+            then();
+        }
         Ok(())
     }
 }
@@ -153,6 +170,14 @@ impl GuestRam for TestRam {
 #[derive(Default)]
 pub(super) struct MemoryFiles {
     files: Mutex<HashMap<u64, File>>,
+    refuse_writes: AtomicBool,
+}
+
+impl MemoryFiles {
+    /// From now on every write to a new file fails.
+    pub(super) fn refuse_writes(&self) {
+        self.refuse_writes.store(true, Ordering::Relaxed);
+    }
 }
 
 impl ExtentFiles for MemoryFiles {
@@ -161,6 +186,10 @@ impl ExtentFiles for MemoryFiles {
         let mut files = lock(&self.files);
         let number = wide(files.len());
         files.insert(number, file.try_clone()?);
+        if self.refuse_writes.load(Ordering::Relaxed) {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            return Ok((ExtentFileId(number), File::open(path)?));
+        }
         Ok((ExtentFileId(number), file))
     }
 
@@ -168,6 +197,23 @@ impl ExtentFiles for MemoryFiles {
         let files = lock(&self.files);
         files.get(&id.0).ok_or(io::ErrorKind::NotFound)?.try_clone()
     }
+}
+
+/// Whether transfers by the host kernel can be tested here. Says so if not, past the test
+/// harness, which keeps what a passing test prints.
+pub(super) fn has_io_uring() -> bool {
+    let ring = io_uring::IoUring::new(2);
+    let works = ring.and_then(|ring| ring.submitter().register_buffers_sparse(1));
+    // Registered memory counts against an ordinary user's limit; the tests run side by side.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    let small = limit.is_some_and(|bytes| bytes < 64 << 20) && !rustix::process::geteuid().is_root();
+    if works.is_ok() && !small {
+        return true;
+    }
+    let reason = format!("io_uring {works:?}, RLIMIT_MEMLOCK {limit:?} bytes");
+    writeln!(io::stderr(), "SKIPPED: transfers by the host kernel: {reason}")
+        .expect("a test may write to its standard error");
+    false
 }
 
 /// An interrupt line that counts, and that can be waited for.
