@@ -19,3 +19,4 @@ pub mod devices;
 pub mod boot;
 pub mod member;
 pub mod keeper;
+pub mod cli;

@@ -1,3 +1,7 @@
 //! The command line of salp.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    salp::cli::main()
+}

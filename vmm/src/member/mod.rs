@@ -88,6 +88,9 @@ pub enum MemberError {
 /// # Errors
 /// It could not talk to its keeper.
 pub fn run() -> Result<(), MemberError> {
+    // A terminal's Ctrl-C goes to the whole process group: what follows from it is the keeper's to say.
+    let ignored = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default());
+    ignored.map_err(MemberError::Window)?;
     let keeper = Arc::new(Channel::from_fd(spawn::adopt(CHANNEL_NUMBER)?)?);
     let Some((setup, descriptors)) = keeper.receive::<Setup>()? else { return Ok(()) };
     let shell = match Shell::new(setup, descriptors, Arc::clone(&keeper)) {

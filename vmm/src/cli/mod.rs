@@ -1,0 +1,61 @@
+//! The command line: what each command is called, and how its result becomes an exit status.
+
+pub mod demo;
+pub mod interrupt;
+pub mod size;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::member::{self, MEMBER_ARGUMENT};
+
+/// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight.
+#[derive(Debug, Parser)]
+#[command(name = "salp", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fork a running VM with DMA in flight, again and again, and show that every byte is right
+    Demo(demo::DemoArguments),
+}
+
+/// Exit status after an error that is not the guest's.
+const FAILURE: u8 = 1;
+
+/// The whole program.
+#[must_use]
+pub fn main() -> ExitCode {
+    start_logging();
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == MEMBER_ARGUMENT) {
+        return match member::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
+    match Arguments::parse().command {
+        Command::Demo(arguments) => match demo::run(&arguments) {
+            Ok(code) => code,
+            Err(error) => fail(&error),
+        },
+    }
+}
+
+fn fail(error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("salp: {error}");
+    ExitCode::from(FAILURE)
+}
+
+/// Logs go to standard error, warnings and worse unless `SALP_LOG` says otherwise.
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SALP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let result = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    if let Err(error) = result {
+        eprintln!("salp: no log: {error}");
+    }
+}
