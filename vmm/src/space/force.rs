@@ -25,6 +25,7 @@ const PATCH_LIMIT: usize = 8;
 /// What one cut said of a leaf just now.
 struct Settled {
     cut: CutId,
+    word: LeafWord,
     lent: PageSet,
     has_copies: bool,
 }
@@ -89,7 +90,7 @@ impl<H: Host> Space<H> {
             let area = self.board.cut(cut.id());
             area.publish(leaf, word);
             self.host.wake_word(area.raw(leaf));
-            last = Some(Settled { cut: cut.id(), lent, has_copies: cut.has_copies_in(leaf) });
+            last = Some(Settled { cut: cut.id(), word, lent, has_copies: cut.has_copies_in(leaf) });
         }
         (!pending.is_empty()).then_some(newest_block)
     }
@@ -111,6 +112,8 @@ impl<H: Host> Space<H> {
         let copies = cut.copies_in(leaf);
         if let Some(last) = last
             && Some(last.cut) == cut.previous()
+            // What could not be written for one cut may yet be written for the next.
+            && last.word != LeafWord::Lost
             && last.lent == *lent
             && !last.has_copies
             && copies.is_empty()
