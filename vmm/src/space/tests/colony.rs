@@ -116,46 +116,45 @@ impl Colony {
         }
     }
 
-    fn assert_may_be_lost(&self, vm: &Vm, leaf: LeafNumber) {
+    fn assert_may_be_lost(&mut self, at: usize, leaf: LeafNumber) {
+        self.note_losses();
+        let vm = &self.vms[at];
         let excused = vm.lost_by[leaf.index()].iter().any(|cut| self.lost.contains(&(*cut, leaf)));
         assert!(excused, "{} has lost {leaf} without a cause", vm.id);
     }
 
     /// Runs a guest's access to its end: the value, or none if the page is lost.
-    fn access<T>(&self, vm: &Vm, gfn: Gfn, mut access: impl FnMut() -> Result<T, Trap>) -> Option<T> {
+    fn access<T>(&mut self, at: usize, gfn: Gfn, access: impl Fn(&SimHost) -> Result<T, Trap>) -> Option<T> {
+        let space = self.vms[at].space.clone();
         for _ in 0..8 {
-            match access() {
+            match access(space.host()) {
                 Ok(value) => return Some(value),
                 Err(Trap::Poison) => {
-                    self.assert_may_be_lost(vm, gfn.leaf());
+                    self.assert_may_be_lost(at, gfn.leaf());
                     return None;
                 }
-                Err(Trap::Fault(fault)) => match self.retry(|| vm.space.handle_fault(gfn, fault)) {
-                    Ok(()) | Err(SpaceError::Lost { .. }) => {}
-                    Err(error) => panic!("{}: a fault at {gfn} cannot be resolved: {error}", vm.id),
+                Err(Trap::Fault(fault)) => match self.retry(|| space.handle_fault(gfn, fault)) {
+                    Ok(()) | Err(SpaceError::Lost { .. }) => self.note_losses(),
+                    Err(error) => panic!("a fault at {gfn} cannot be resolved: {error}"),
                 },
             }
         }
-        panic!("{}: {gfn} faults for ever", vm.id);
+        panic!("{}: {gfn} faults for ever", self.vms[at].id);
     }
 
     /// A guest's load, compared with the model.
     pub(super) fn load(&mut self, at: usize, gfn: Gfn) {
-        let vm = &self.vms[at];
-        if let Some(value) = self.access(vm, gfn, || vm.space.host().load(gfn)) {
-            assert_eq!(value, vm.memory[index(gfn.0)], "{} loads from {gfn}", vm.id);
+        if let Some(value) = self.access(at, gfn, |host| host.load(gfn)) {
+            assert_eq!(value, self.vms[at].memory[index(gfn.0)], "{} loads from {gfn}", self.vms[at].id);
         }
-        self.note_losses();
     }
 
     /// A guest's store.
     pub(super) fn store(&mut self, at: usize, gfn: Gfn) {
         let value = self.fresh_value();
-        let vm = &self.vms[at];
-        if self.access(vm, gfn, || vm.space.host().store(gfn, value)).is_some() {
+        if self.access(at, gfn, |host| host.store(gfn, value)).is_some() {
             self.vms[at].memory[index(gfn.0)] = value;
         }
-        self.note_losses();
     }
 
     pub(super) fn pin(&mut self, at: usize, first: Gfn, pages: u64) {
@@ -171,7 +170,7 @@ impl Colony {
                 }
             }
             Err(SpaceError::NotMemory { gfn }) => assert_eq!(gfn, Gfn(end)),
-            Err(SpaceError::Lost { gfn }) => self.assert_may_be_lost(&self.vms[at], gfn.leaf()),
+            Err(SpaceError::Lost { gfn }) => self.assert_may_be_lost(at, gfn.leaf()),
             Err(error) => panic!("a pin fails: {error}"),
         }
         self.check_pins(at);
@@ -231,7 +230,7 @@ impl Colony {
                 }
             }
             Err(SpaceError::Pinned { .. }) => assert!(is_pinned, "a discard is refused without a pin"),
-            Err(SpaceError::Lost { .. }) => self.assert_may_be_lost(vm, first.leaf()),
+            Err(SpaceError::Lost { .. }) => self.assert_may_be_lost(at, first.leaf()),
             Err(error) => panic!("a discard fails: {error}"),
         }
         self.note_losses();
