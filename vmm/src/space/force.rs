@@ -65,7 +65,8 @@ impl<H: Host> Space<H> {
     }
 
     /// Settles all that is pending on a leaf, whose lock is held. None: nothing was. Otherwise the
-    /// block that holds the newest cut's pages, and which those are, if there is such a block.
+    /// block that holds the leaf as the window does, and which pages are lent, if there is such a
+    /// block.
     pub(super) fn force_locked(&self, leaf: LeafNumber) -> Option<Option<(CutId, PageSet)>> {
         let pending = self.pending_cuts(leaf);
         let mut last: Option<Settled> = None;
@@ -83,7 +84,9 @@ impl<H: Host> Space<H> {
                 }
             };
             newest_block = match word {
-                LeafWord::Block => Some((cut.id(), lent)),
+                // Where pages were pinned at the cut, the block has the bytes of the cut and the
+                // window may have a device's later ones.
+                LeafWord::Block if !cut.has_copies_in(leaf) => Some((cut.id(), lent)),
                 LeafWord::Base => newest_block,
                 _ => None,
             };
