@@ -301,6 +301,8 @@ impl Family {
         let mut sweep = Sweep::default();
         let mut failed = None;
         loop {
+            // What was given up since counts no more.
+            self.count_released();
             let before = (self.cuts.len(), sweep.unneeded.len());
             self.declare_unneeded(&mut sweep);
             let settleable: Vec<CutId> =

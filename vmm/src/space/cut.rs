@@ -298,6 +298,8 @@ impl<H: Host> Space<H> {
     ) -> Result<BTreeMap<LeafNumber, PageSet>, SpaceError> {
         let area = self.board.cut(cut);
         let mut recorded = BTreeMap::new();
+        // None but those that the host refused to register when they came to be, meanwhile.
+        self.register_anonymous()?;
         for (first, count) in self.runs(|leaf| self.backing(leaf) == Backing::Anonymous) {
             self.host.protect(first, count)?;
             figures.protect_calls += 1;

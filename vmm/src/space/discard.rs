@@ -8,8 +8,8 @@ impl<H: Host> Space<H> {
     /// Makes `pages` pages from `first` zero. What others need of them is published first.
     ///
     /// # Errors
-    /// A page is no memory, or pinned: nothing has changed. The host refused: earlier leaves of
-    /// the range are zero.
+    /// A page is no memory, or pinned: nothing has changed. The host refused, or part of a lost leaf
+    /// was meant (only the whole can become zero): earlier leaves of the range are zero.
     pub fn discard(&self, first: Gfn, pages: u64) -> Result<(), SpaceError> {
         self.check_range(first, pages)?;
         if let Some(gfn) = self.pin_table().first_in(first, pages) {
@@ -27,11 +27,17 @@ impl<H: Host> Space<H> {
     }
 
     fn discard_in_leaf(&self, leaf: LeafNumber, first: Gfn, pages: u64) -> Result<(), SpaceError> {
-        if self.backing(leaf) == Backing::Trapped {
+        let is_whole = pages == wide(LEAF_PAGES);
+        // Of a leaf that goes as a whole nobody needs to know what it held.
+        if self.backing(leaf) == Backing::Trapped && !is_whole {
             self.resolve_leaf(leaf)?;
         }
         loop {
             let _leaf = self.lock_leaf(leaf);
+            if self.backing(leaf) == Backing::Lost && !is_whole {
+                // Zeros on some pages would need a leaf in two conditions.
+                return Err(SpaceError::Lost { gfn: first });
+            }
             if self.is_protected(leaf) {
                 self.force_locked(leaf);
                 self.open_leaf(leaf)?;
@@ -43,7 +49,7 @@ impl<H: Host> Space<H> {
             if let Some(gfn) = self.pin_table().first_in(first, pages) {
                 return Err(SpaceError::Pinned { gfn });
             }
-            if pages == wide(LEAF_PAGES) {
+            if is_whole {
                 self.host.map_anonymous(leaf)?;
                 self.leaves[leaf.index()].registered.store(0, Ordering::Release);
                 self.set_backing(leaf, Backing::Anonymous);

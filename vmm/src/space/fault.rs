@@ -69,31 +69,33 @@ impl<H: Host> Space<H> {
         }
         let area = self.board.member(self.slot);
         let _remap = self.remapping();
-        let backing = match found {
+        // A new mapping traps no more at once, so that the leaf's state must change with it, whatever
+        // happens then; one that is there already traps until it is unregistered.
+        match found {
             Found::Zero => {
                 self.host.map_anonymous(leaf)?;
-                Backing::Anonymous
+                self.set_backing(leaf, Backing::Anonymous);
+                self.host.wake(leaf)?;
             }
             Found::Shared { block: Some(block), patches: None } if self.placeholder == Some(block) => {
                 area.set_map(leaf, Some(block));
-                Backing::Block(block)
+                self.host.unregister(leaf)?;
+                self.set_backing(leaf, Backing::Block(block));
             }
             Found::Shared { block, patches } => {
                 area.set_map(leaf, block);
                 let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
                 self.host.map_block(leaf, block, &patches).inspect_err(|_| area.set_map(leaf, None))?;
-                block.map_or(Backing::Anonymous, Backing::Block)
+                self.set_backing(leaf, block.map_or(Backing::Anonymous, Backing::Block));
+                self.host.wake(leaf)?;
             }
             Found::Lost | Found::Pending(_) => {
                 self.host.poison(leaf)?;
                 self.set_backing(leaf, Backing::Lost);
                 return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
-        };
-        // The mapping is wholly right before the first access to it can pass.
-        self.set_backing(leaf, backing);
+        }
         self.counters.leaves_resolved.fetch_add(1, Ordering::Relaxed);
-        self.host.unregister(leaf)?;
         if self.is_cut_reserved() {
             self.host.register(leaf, 1, super::Traps::Stores)?;
             self.leaves[leaf.index()].registered.store(1, Ordering::Release);

@@ -27,6 +27,7 @@ const PATCH_LIMIT: usize = 8;
 /// What one cut said of a leaf just now.
 struct Settled {
     cut: CutId,
+    word: LeafWord,
     lent: PageSet,
     has_copies: bool,
 }
@@ -66,7 +67,8 @@ impl<H: Host> Space<H> {
     }
 
     /// Settles all that is pending on a leaf, whose lock is held. None: nothing was. Otherwise the
-    /// block that holds the newest cut's pages, and which those are, if there is such a block.
+    /// block that holds the leaf as the window does, and which pages are lent, if there is such a
+    /// block.
     pub(super) fn force_locked(&self, leaf: LeafNumber) -> Option<Option<(CutId, PageSet)>> {
         let pending = self.pending_cuts(leaf);
         let mut last: Option<Settled> = None;
@@ -84,14 +86,16 @@ impl<H: Host> Space<H> {
                 }
             };
             newest_block = match word {
-                LeafWord::Block => Some((cut.id(), lent)),
+                // Where pages were pinned at the cut, the block has the bytes of the cut and the
+                // window may have a device's later ones.
+                LeafWord::Block if !cut.has_copies_in(leaf) => Some((cut.id(), lent)),
                 LeafWord::Base => newest_block,
                 _ => None,
             };
             let area = self.board.cut(cut.id());
             area.publish(leaf, word);
             self.host.wake_word(area.raw(leaf));
-            last = Some(Settled { cut: cut.id(), lent, has_copies: cut.has_copies_in(leaf) });
+            last = Some(Settled { cut: cut.id(), word, lent, has_copies: cut.has_copies_in(leaf) });
         }
         (!pending.is_empty()).then_some(newest_block)
     }
@@ -113,6 +117,8 @@ impl<H: Host> Space<H> {
         let copies = cut.copies_in(leaf);
         if let Some(last) = last
             && Some(last.cut) == cut.previous()
+            // What could not be written for one cut may yet be written for the next.
+            && last.word != LeafWord::Lost
             && last.lent == *lent
             && !last.has_copies
             && copies.is_empty()

@@ -28,6 +28,8 @@ mod force;
 mod host;
 mod pin;
 mod report;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};

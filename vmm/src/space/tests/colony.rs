@@ -1,0 +1,503 @@
+//! A colony in one thread: a family, a space for each VM on a simulated host, and beside each VM
+//! the naive model: its memory, copied as a whole at each fork.
+//!
+//! Every byte that a guest or a device sees is compared with the model. A page may be lost only
+//! where a source was killed, or a write refused, before it was published, and only to those who
+//! read through that cut: [`Colony`] keeps the list.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::host::{SimHost, Trap};
+use super::world::{Call, CutFile, Plant, World};
+use crate::board::{Board, BoardShape, HeapWords, LeafWord};
+use crate::family::{Family, FamilyError, VmId};
+use crate::frames::{CutId, Frames};
+use crate::space::{Access, Backing, Keep, Space, SpaceError};
+use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, PageSet, index, wide};
+
+/// Leaves of each VM.
+pub(super) const LEAVES: u32 = 3;
+/// VMs at one time.
+pub(super) const VMS: usize = 6;
+const SLOTS: u32 = 16;
+
+type Lost = BTreeSet<(CutId, LeafNumber)>;
+
+pub(super) struct Vm {
+    pub(super) id: VmId,
+    slot: u32,
+    pub(super) space: Arc<Space<SimHost>>,
+    /// The model.
+    memory: Vec<u64>,
+    /// Through which cuts a leaf may be lost to this VM.
+    lost_by: Vec<BTreeSet<CutId>>,
+    last_cut: Option<CutId>,
+    pub(super) pins: BTreeMap<Gfn, u32>,
+}
+
+/// What the model says of a cut.
+struct Snapshot {
+    source: VmId,
+    memory: Vec<u64>,
+    lost_by: Vec<BTreeSet<CutId>>,
+}
+
+pub(super) struct Colony {
+    pub(super) world: Arc<World>,
+    board: Board,
+    pub(super) family: Family,
+    pub(super) vms: Vec<Vm>,
+    /// VMs that have ended and whose windows others may need.
+    images: Vec<Vm>,
+    cuts: BTreeMap<CutId, Snapshot>,
+    /// Losses that had a cause.
+    lost: Lost,
+    seen_lost: Lost,
+    /// Failures whose losses have been looked at.
+    seen_fired: usize,
+    shape: MemoryShape,
+    /// A VM with a reserved cut: it must not end.
+    reserved: Option<VmId>,
+    next_value: u64,
+}
+
+impl Colony {
+    /// A colony of one VM.
+    pub(super) fn new(plant: Plant) -> Self {
+        let board_shape = BoardShape { leaves: LEAVES, cuts: 64, members: SLOTS, nodes: 512, records: 512 };
+        let board = Board::new(board_shape, Arc::new(HeapWords::for_shape(&board_shape)));
+        let shape = MemoryShape::new(u64::from(LEAVES) << 21).expect("a few leaves");
+        let world = World::new(plant);
+        let mut family = Family::new(board.clone());
+        let host = SimHost::new(world.clone(), shape);
+        let space = Arc::new(Space::new(host, board.clone(), 0, shape));
+        world.add_space(&space);
+        let first = Vm {
+            id: family.first_vm(0),
+            slot: 0,
+            space,
+            memory: vec![0; LEAVES as usize * LEAF_PAGES],
+            lost_by: vec![BTreeSet::new(); LEAVES as usize],
+            last_cut: None,
+            pins: BTreeMap::new(),
+        };
+        Self {
+            world,
+            board,
+            family,
+            vms: vec![first],
+            images: Vec::new(),
+            cuts: BTreeMap::new(),
+            lost: Lost::new(),
+            seen_lost: Lost::new(),
+            seen_fired: 0,
+            shape,
+            reserved: None,
+            next_value: 1,
+        }
+    }
+
+    fn fresh_value(&mut self) -> u64 {
+        self.next_value += 1;
+        self.next_value
+    }
+
+    /// Tries again when the host was made to refuse, as a guest that faults again does.
+    fn retry<T>(&self, mut work: impl FnMut() -> Result<T, SpaceError>) -> Result<T, SpaceError> {
+        loop {
+            let before = self.world.fired().len();
+            match work() {
+                Err(SpaceError::Host(error)) => {
+                    assert!(self.world.fired().len() > before, "the host refused what it should not: {error}");
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn assert_may_be_lost(&mut self, at: usize, leaf: LeafNumber) {
+        self.note_losses();
+        let vm = &self.vms[at];
+        let excused = vm.lost_by[leaf.index()].iter().any(|cut| self.lost.contains(&(*cut, leaf)));
+        assert!(excused, "{} has lost {leaf} without a cause", vm.id);
+    }
+
+    /// Runs a guest's access to its end: the value, or none if the page is lost.
+    fn access<T>(&mut self, at: usize, gfn: Gfn, access: impl Fn(&SimHost) -> Result<T, Trap>) -> Option<T> {
+        let space = self.vms[at].space.clone();
+        for _ in 0..8 {
+            match access(space.host()) {
+                Ok(value) => return Some(value),
+                Err(Trap::Poison) => {
+                    self.assert_may_be_lost(at, gfn.leaf());
+                    return None;
+                }
+                Err(Trap::Fault(fault)) => match self.retry(|| space.handle_fault(gfn, fault)) {
+                    Ok(()) | Err(SpaceError::Lost { .. }) => self.note_losses(),
+                    Err(error) => panic!("a fault at {gfn} cannot be resolved: {error}"),
+                },
+            }
+        }
+        panic!("{}: {gfn} faults for ever", self.vms[at].id);
+    }
+
+    /// A guest's load, compared with the model.
+    pub(super) fn load(&mut self, at: usize, gfn: Gfn) {
+        if let Some(value) = self.access(at, gfn, |host| host.load(gfn)) {
+            assert_eq!(value, self.vms[at].memory[index(gfn.0)], "{} loads from {gfn}", self.vms[at].id);
+        }
+    }
+
+    /// A guest's store.
+    pub(super) fn store(&mut self, at: usize, gfn: Gfn) {
+        let value = self.fresh_value();
+        if self.access(at, gfn, |host| host.store(gfn, value)).is_some() {
+            self.vms[at].memory[index(gfn.0)] = value;
+        }
+    }
+
+    pub(super) fn pin(&mut self, at: usize, first: Gfn, pages: u64) {
+        let space = self.vms[at].space.clone();
+        let end = wide(self.vms[at].memory.len());
+        match self.retry(|| space.pin(first, pages, Access::ReadWrite)) {
+            Ok(()) => {
+                assert!(first.0 + pages <= end, "a pin past the end of memory");
+                for gfn in (first.0..first.0 + pages).map(Gfn) {
+                    space.host().hold(gfn);
+                    *self.vms[at].pins.entry(gfn).or_default() += 1;
+                    self.check_device(at, gfn);
+                }
+            }
+            Err(SpaceError::NotMemory { gfn }) => assert_eq!(gfn, Gfn(end)),
+            Err(SpaceError::Lost { gfn }) => self.assert_may_be_lost(at, gfn.leaf()),
+            Err(error) => panic!("a pin fails: {error}"),
+        }
+        self.check_pins(at);
+        self.note_losses();
+    }
+
+    /// Takes a pin off a page; an error if there is none, and nothing changes.
+    pub(super) fn unpin(&mut self, at: usize, gfn: Gfn) {
+        let vm = &mut self.vms[at];
+        match vm.pins.get_mut(&gfn) {
+            Some(pins) => {
+                *pins -= 1;
+                if *pins == 0 {
+                    vm.pins.remove(&gfn);
+                }
+                vm.space.host().let_go(gfn);
+                vm.space.unpin(gfn, 1).expect("the model has a pin there");
+            }
+            None => assert!(matches!(vm.space.unpin(gfn, 1), Err(SpaceError::NotPinned { .. }))),
+        }
+        self.check_pins(at);
+    }
+
+    fn check_pins(&self, at: usize) {
+        let vm = &self.vms[at];
+        assert!(vm.space.pin_table().is_consistent(), "{}: pin counts do not add up", vm.id);
+        let pins = vm.pins.values().copied().map(u64::from).sum();
+        assert_eq!(vm.space.pinned(), (vm.pins.len(), pins), "{}: pins", vm.id);
+    }
+
+    /// A device stores to a page that it holds.
+    pub(super) fn device_store(&mut self, at: usize, gfn: Gfn) {
+        let value = self.fresh_value();
+        let vm = &mut self.vms[at];
+        vm.space.host().device_store(gfn, value);
+        vm.memory[index(gfn.0)] = value;
+    }
+
+    /// What a device reads is what the guest has.
+    fn check_device(&self, at: usize, gfn: Gfn) {
+        let vm = &self.vms[at];
+        assert_eq!(vm.space.host().device_load(gfn), vm.memory[index(gfn.0)], "a device reads {gfn}");
+    }
+
+    /// Discards pages of one leaf.
+    pub(super) fn discard(&mut self, at: usize, first: Gfn, pages: u64) {
+        let vm = &self.vms[at];
+        let range = first.0..first.0 + pages;
+        let is_pinned = vm.pins.keys().any(|gfn| range.contains(&gfn.0));
+        match self.retry(|| vm.space.discard(first, pages)) {
+            Ok(()) => {
+                assert!(!is_pinned, "pinned pages were discarded");
+                let vm = &mut self.vms[at];
+                vm.memory[index(range.start)..index(range.end)].fill(0);
+                if pages == wide(LEAF_PAGES) {
+                    vm.lost_by[first.leaf().index()].clear();
+                }
+            }
+            Err(SpaceError::Pinned { .. }) => assert!(is_pinned, "a discard is refused without a pin"),
+            Err(SpaceError::Lost { .. }) => self.assert_may_be_lost(at, first.leaf()),
+            Err(error) => panic!("a discard fails: {error}"),
+        }
+        self.note_losses();
+    }
+
+    /// Publishes one leaf of a VM, or of an image.
+    pub(super) fn publish(&mut self, pick: usize, keep: Keep) {
+        self.world.set_keep(keep);
+        let count = self.vms.len() + self.images.len();
+        let vm = self.vms.iter().chain(&self.images).nth(pick % count).expect("a number below the count");
+        self.retry(|| vm.space.publish_next(keep)).expect("only the host refuses");
+        self.note_losses();
+    }
+
+    /// Forks a VM; `between` happens between reservation and cut. None: it failed, or there is no
+    /// room.
+    pub(super) fn fork(&mut self, at: usize, clones: usize, between: impl FnOnce(&mut Self)) -> Option<CutId> {
+        let id = self.vms[at].id;
+        let fired = self.world.fired().len();
+        let cut = match self.family.reserve_cut(id) {
+            Ok(cut) => cut,
+            Err(FamilyError::Cuts(_)) => return None,
+            Err(error) => panic!("a cut cannot be reserved: {error}"),
+        };
+        self.world.files().insert(cut, CutFile::default());
+        let space = self.vms[at].space.clone();
+        let reserved = match space.reserve_cut(cut) {
+            Ok(reserved) => reserved,
+            Err(error) => return self.give_up(cut, fired, &error),
+        };
+        let outer = self.reserved.replace(id);
+        between(self);
+        self.reserved = outer;
+        let at = self.vms.iter().position(|vm| vm.id == id).expect("a vm with a reserved cut does not end");
+        let figures = match reserved.perform(self.vms[at].last_cut) {
+            Ok(figures) => figures,
+            Err(error) => return self.give_up(cut, fired, &error),
+        };
+        self.family.commit_cut(cut);
+        assert_eq!(figures.copied_pages, wide(self.vms[at].pins.len()), "exactly the pinned pages are copied");
+        self.take_snapshot(at, cut);
+        for _ in 0..clones {
+            self.clone_of(cut);
+        }
+        self.note_losses();
+        Some(cut)
+    }
+
+    fn give_up(&mut self, cut: CutId, fired_before: usize, error: &SpaceError) -> Option<CutId> {
+        assert!(self.world.fired().len() > fired_before, "a fork fails: {error}");
+        self.family.abort_cut(cut);
+        self.note_losses();
+        None
+    }
+
+    fn take_snapshot(&mut self, at: usize, cut: CutId) {
+        let vm = &mut self.vms[at];
+        vm.last_cut = Some(cut);
+        let lost_by = (0..LEAVES).map(LeafNumber).map(|leaf| match vm.space.backing(leaf) {
+            // The cut says nothing of such a leaf: what is below it does.
+            Backing::Trapped | Backing::Lost => vm.lost_by[leaf.index()].clone(),
+            Backing::Anonymous | Backing::Block(_) => BTreeSet::from([cut]),
+        });
+        let snapshot = Snapshot { source: vm.id, memory: vm.memory.clone(), lost_by: lost_by.collect() };
+        self.cuts.insert(cut, snapshot);
+    }
+
+    /// One clone more of a cut that is still needed.
+    pub(super) fn clone_of(&mut self, cut: CutId) {
+        let taken: BTreeSet<u32> = self.vms.iter().chain(&self.images).map(|vm| vm.slot).collect();
+        let Some(slot) = (0..SLOTS).find(|slot| !taken.contains(slot)).filter(|_| self.vms.len() < VMS) else {
+            return;
+        };
+        self.board.open_member(slot).expect("the heap has room");
+        let id = match self.family.clone_vm(cut, slot) {
+            Ok(id) => id,
+            Err(FamilyError::NoCut(_)) => return,
+            Err(error) => panic!("a clone cannot be made: {error}"),
+        };
+        let snapshot = &self.cuts[&cut];
+        let host = SimHost::new_clone(self.world.clone(), self.shape, cut);
+        let space = Arc::new(Space::new_clone(host, self.board.clone(), slot, self.shape, cut));
+        self.world.add_space(&space);
+        self.vms.push(Vm {
+            id,
+            slot,
+            space,
+            memory: snapshot.memory.clone(),
+            lost_by: snapshot.lost_by.clone(),
+            last_cut: None,
+            pins: BTreeMap::new(),
+        });
+    }
+
+    /// Cuts that were made, needed or not.
+    pub(super) fn known_cuts(&self) -> Vec<CutId> {
+        self.cuts.keys().copied().collect()
+    }
+
+    /// A VM ends; its window stays as long as others need it.
+    pub(super) fn exit(&mut self, at: usize) {
+        if self.reserved != Some(self.vms[at].id) {
+            let vm = self.vms.remove(at);
+            self.family.end_vm(vm.id);
+            self.images.push(vm);
+        }
+    }
+
+    /// The process of a VM, or of an image, is killed.
+    pub(super) fn kill(&mut self, pick: usize) {
+        let at = pick % (self.vms.len() + self.images.len());
+        let from_images = at.checked_sub(self.vms.len());
+        let victim = from_images.map_or_else(|| self.vms[at].id, |image| self.images[image].id);
+        if self.reserved == Some(victim) {
+            return;
+        }
+        match from_images {
+            Some(image) => self.images.remove(image),
+            None => self.vms.remove(at),
+        };
+        let lost = self.family.source_gone(victim);
+        self.seen_lost.extend(&lost);
+        self.lost.extend(lost);
+    }
+
+    /// Finds the leaves that have been lost since the last look: each must have a cause.
+    fn note_losses(&mut self) {
+        let fired = self.world.fired();
+        let is_cause = |call: &Call| matches!(call, Call::PublishBlock | Call::PublishPatches | Call::Scan);
+        let has_cause = fired[self.seen_fired..].iter().any(is_cause);
+        self.seen_fired = fired.len();
+        for (cut, _) in self.family.cuts() {
+            let area = self.board.cut(cut);
+            for leaf in area.protected().filter(|leaf| area.leaf(*leaf) == LeafWord::Lost) {
+                if self.seen_lost.insert((cut, leaf)) {
+                    assert!(has_cause, "{cut} {leaf} is lost without a cause");
+                    self.lost.insert((cut, leaf));
+                }
+            }
+        }
+    }
+
+    /// Reads what a VM owns from its host, compares it with the truth, and writes it into the tables.
+    pub(super) fn harvest(&mut self, at: usize) {
+        let vm = &self.vms[at];
+        let report = self.retry(|| vm.space.harvest()).expect("only the host refuses");
+        let counts = report.counts;
+        let sum = counts.zero + counts.exclusive + counts.lent + counts.shared + counts.poisoned;
+        assert_eq!(sum, wide(vm.memory.len()), "{}: {counts:?}", vm.id);
+        for one in &report.leaves {
+            let (own, marked) = vm.space.host().own_pages(one.leaf);
+            assert_eq!(one.exclusive.union(&one.lent), own, "{} {}: own pages", vm.id, one.leaf);
+            let mut pinned = PageSet::EMPTY;
+            vm.pins.keys().filter(|gfn| gfn.leaf() == one.leaf).for_each(|gfn| pinned.insert(gfn.in_leaf()));
+            assert_eq!(one.pinned, pinned, "{} {}: pinned pages", vm.id, one.leaf);
+            let lent = match vm.space.pending_cuts(one.leaf).is_empty() {
+                true => PageSet::EMPTY,
+                false => marked.minus(&pinned),
+            };
+            assert_eq!(one.lent, lent, "{} {}: lent pages", vm.id, one.leaf);
+        }
+        self.family.harvest(vm.id, &Space::<SimHost>::owned(&report)).expect("room for tables");
+    }
+
+    /// Lets go of all that nobody needs any more.
+    pub(super) fn sweep(&mut self) {
+        for _ in 0..64 {
+            for vm in self.vms.iter().chain(&self.images) {
+                vm.space.finished_cuts();
+            }
+            let sweep = self.family.sweep().expect("room for tables");
+            for cut in &sweep.unneeded {
+                let source = self.cuts[cut].source;
+                if let Some(vm) = self.vms.iter().chain(&self.images).find(|vm| vm.id == source) {
+                    self.retry(|| vm.space.release_cut(*cut)).expect("only the host refuses");
+                }
+                self.family.cut_released(*cut);
+            }
+            self.punch(&sweep.freed);
+            for cut in &sweep.closed {
+                self.close(*cut);
+            }
+            let ended = self.images.extract_if(.., |vm| !self.family.is_image_needed(vm.id));
+            let ended: Vec<VmId> = ended.map(|vm| vm.id).collect();
+            for vm in &ended {
+                // What was pending then is of unneeded cuts: nobody can have lost it.
+                self.seen_lost.extend(self.family.source_gone(*vm));
+            }
+            let is_done = sweep.unneeded.is_empty() && sweep.freed.is_empty() && sweep.closed.is_empty();
+            if is_done && ended.is_empty() {
+                return self.family.check().expect("the family adds up");
+            }
+        }
+        panic!("a sweep finds no end");
+    }
+
+    fn punch(&self, freed: &[Frames]) {
+        for frames in freed {
+            match frames {
+                Frames::Block(block) => {
+                    for vm in self.vms.iter().chain(&self.images) {
+                        let is_shown = vm.space.host().shown_file(block.leaf) == Some(block.cut);
+                        assert!(!is_shown, "{block:?} is freed and {} maps it", vm.id);
+                    }
+                    self.world.punch_block(block.cut, block.leaf);
+                }
+                Frames::Patches(patches) => {
+                    let record = self.board.cut(patches.cut).patches(patches.leaf);
+                    self.world.punch_patches(patches.cut, &record);
+                }
+            }
+        }
+        if self.world.plant == Plant::SweepFreesTooMuch {
+            let block = self.world.files().iter().find_map(|(cut, file)| Some((*cut, *file.blocks.keys().next()?)));
+            if let Some((cut, leaf)) = block {
+                self.world.punch_block(cut, leaf);
+            }
+        }
+    }
+
+    fn close(&mut self, cut: CutId) {
+        for vm in self.vms.iter().chain(&self.images) {
+            for leaf in (0..LEAVES).map(LeafNumber) {
+                let is_shown = vm.space.host().shown_file(leaf) == Some(cut);
+                assert!(!is_shown, "{cut} is closed and {} maps {leaf} of it", vm.id);
+            }
+        }
+        // Frames that no table ever named go with the file.
+        assert!(self.world.files().remove(&cut).is_some(), "{cut} is closed twice");
+        self.board.close_cut(cut).expect("the heap does not refuse");
+        self.cuts.remove(&cut);
+    }
+
+    /// Compares what every VM shows without a trap with the model. Changes nothing.
+    pub(super) fn check_shown(&self) {
+        for vm in &self.vms {
+            for leaf in (0..LEAVES).map(LeafNumber) {
+                let model = &vm.memory[leaf.index() * LEAF_PAGES..][..LEAF_PAGES];
+                if let Some(pages) = vm.space.host().peek(leaf) {
+                    let wrong = (0..LEAF_PAGES).find(|position| pages[*position] != model[*position]);
+                    assert_eq!(wrong, None, "{} shows a wrong page of {leaf}", vm.id);
+                }
+            }
+            for gfn in vm.pins.keys() {
+                assert_eq!(vm.space.host().device_load(*gfn), vm.memory[index(gfn.0)], "a device reads {gfn}");
+            }
+        }
+    }
+
+    /// Loads every page of a VM through the traps.
+    pub(super) fn check_all(&mut self, at: usize) {
+        for gfn in (0..wide(self.vms[at].memory.len())).map(Gfn) {
+            self.load(at, gfn);
+        }
+    }
+
+    /// Ends all VMs; nothing may be left.
+    pub(super) fn tear_down(&mut self) {
+        self.world.disarm();
+        while !self.vms.is_empty() {
+            self.exit(0);
+            self.sweep();
+            self.check_shown();
+        }
+        assert_eq!(self.family.table_counts(), crate::tables::TableCounts::default(), "tables are left");
+        assert_eq!(self.family.open_cuts(), 0, "cuts are left");
+        assert!(self.images.is_empty(), "images are left");
+        assert!(self.world.files().is_empty(), "files are left");
+    }
+}

@@ -1,0 +1,199 @@
+//! What all simulated hosts of a colony share: the arena's files, the failures to come, and the
+//! faults planted to prove that the tests can fail.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::board::Patches;
+use crate::frames::CutId;
+use crate::space::tests::host::SimHost;
+use crate::space::{Keep, Space};
+use crate::words::{LEAF_PAGES, LeafNumber};
+
+/// A deliberate break, to show that the checks find it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Plant {
+    /// All is as it should be.
+    None,
+    /// A protection leaves one page of each leaf open.
+    ProtectSkipsAPage,
+    /// Protections are laid and never trap: as if no TLB were flushed.
+    StoresPassProtection,
+    /// A force takes the window's bytes of a page that was pinned at the cut.
+    ForceReadsTheWindow,
+    /// A block shows only its first half, as after a short write that nobody noticed.
+    HalfABlock,
+    /// The sweep punches a block that is in use.
+    SweepFreesTooMuch,
+    /// Discarded pages keep their bytes.
+    DiscardForgets,
+    /// A patch goes to the page beside its own.
+    PatchAstray,
+}
+
+/// The calls that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Call {
+    MapAnonymous,
+    MapBlock,
+    Register,
+    Unregister,
+    Protect,
+    Unprotect,
+    Scan,
+    Populate,
+    Zero,
+    PublishBlock,
+    PublishPatches,
+}
+
+/// One failure to come: the call of this kind after so many of them.
+#[derive(Clone, Copy, Debug)]
+struct Failure {
+    call: Call,
+    after: u32,
+}
+
+/// The files of one cut.
+#[derive(Default)]
+pub(super) struct CutFile {
+    pub(super) blocks: BTreeMap<LeafNumber, Arc<[u64]>>,
+    pub(super) punched: BTreeSet<LeafNumber>,
+    pub(super) patches: BTreeMap<u32, u64>,
+}
+
+pub(super) type Files = BTreeMap<CutId, CutFile>;
+
+pub(super) struct World {
+    pub(super) plant: Plant,
+    files: Mutex<Files>,
+    spaces: Mutex<Vec<Weak<Space<SimHost>>>>,
+    failure: Mutex<Option<Failure>>,
+    fired: Mutex<Vec<Call>>,
+    keep: Mutex<Keep>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl World {
+    pub(super) fn new(plant: Plant) -> Arc<Self> {
+        Arc::new(Self {
+            plant,
+            files: Mutex::default(),
+            spaces: Mutex::default(),
+            failure: Mutex::default(),
+            fired: Mutex::default(),
+            keep: Mutex::new(Keep::Own),
+        })
+    }
+
+    pub(super) fn files(&self) -> MutexGuard<'_, Files> {
+        locked(&self.files)
+    }
+
+    pub(super) fn add_space(&self, space: &Arc<Space<SimHost>>) {
+        let mut spaces = locked(&self.spaces);
+        spaces.retain(|space| space.strong_count() > 0);
+        spaces.push(Arc::downgrade(space));
+    }
+
+    pub(super) fn set_keep(&self, keep: Keep) {
+        *locked(&self.keep) = keep;
+    }
+
+    /// Every source answers what it has been asked, as its threads would.
+    pub(super) fn serve_all(&self) {
+        let keep = *locked(&self.keep);
+        let spaces: Vec<_> = locked(&self.spaces).iter().filter_map(Weak::upgrade).collect();
+        for space in spaces {
+            if let Err(error) = space.serve_requests(keep) {
+                assert!(!self.fired().is_empty(), "a request failed: {error}");
+            }
+        }
+    }
+
+    pub(super) fn arm(&self, call: Call, after: u32) {
+        *locked(&self.failure) = Some(Failure { call, after });
+    }
+
+    pub(super) fn disarm(&self) {
+        *locked(&self.failure) = None;
+    }
+
+    /// Whether this call is the one that fails.
+    pub(super) fn fails(&self, call: Call) -> bool {
+        let mut failure = locked(&self.failure);
+        match &mut *failure {
+            Some(next) if next.call == call && next.after == 0 => {
+                locked(&self.fired).push(call);
+                *failure = None;
+                true
+            }
+            Some(next) if next.call == call => {
+                next.after -= 1;
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// The calls that failed so far.
+    pub(super) fn fired(&self) -> Vec<Call> {
+        locked(&self.fired).clone()
+    }
+
+    /// Punches a block. It must be there, and nobody may map it: the caller has looked.
+    pub(super) fn punch_block(&self, cut: CutId, leaf: LeafNumber) {
+        let mut files = self.files();
+        let file = files.get_mut(&cut).expect("a block is punched before its file is removed");
+        // A block named by a word and never written does not exist; one is written once.
+        assert!(file.blocks.remove(&leaf).is_some(), "{cut} {leaf}: freed twice, or never written");
+        file.punched.insert(leaf);
+    }
+
+    pub(super) fn punch_patches(&self, cut: CutId, patches: &Patches) {
+        let mut files = self.files();
+        let file = files.get_mut(&cut).expect("patches are punched before their file is removed");
+        for frame in (patches.first_frame..).take(patches.pages.len()) {
+            assert!(file.patches.remove(&frame).is_some(), "{cut}: patch {frame} freed twice");
+        }
+    }
+
+    /// The block of a leaf as a window sees it.
+    pub(super) fn block(&self, cut: CutId, leaf: LeafNumber) -> Arc<[u64]> {
+        let files = self.files();
+        let file = files.get(&cut).unwrap_or_else(|| panic!("{cut}: its file is gone and still in use"));
+        match file.blocks.get(&leaf) {
+            Some(block) => block.clone(),
+            None => {
+                assert!(!file.punched.contains(&leaf), "{cut} {leaf}: punched and still in use");
+                panic!("{cut} {leaf}: never written and in use")
+            }
+        }
+    }
+
+    pub(super) fn write_block(&self, cut: CutId, leaf: LeafNumber, mut pages: Vec<u64>) {
+        assert!(pages.len() == LEAF_PAGES);
+        if self.plant == Plant::HalfABlock {
+            pages[LEAF_PAGES / 2..].fill(0);
+        }
+        let mut files = self.files();
+        let file = files.get_mut(&cut).expect("a source writes files that exist");
+        assert!(!file.punched.contains(&leaf), "{cut} {leaf}: written after it was punched");
+        assert!(file.blocks.insert(leaf, pages.into()).is_none(), "{cut} {leaf}: written twice");
+    }
+
+    pub(super) fn write_patch(&self, cut: CutId, frame: u32, value: u64) {
+        let mut files = self.files();
+        let file = files.get_mut(&cut).expect("a source writes files that exist");
+        assert!(file.patches.insert(frame, value).is_none(), "{cut}: patch {frame} written twice");
+    }
+
+    pub(super) fn patch(&self, cut: CutId, frame: u32) -> u64 {
+        let files = self.files();
+        let value = files.get(&cut).and_then(|file| file.patches.get(&frame));
+        *value.unwrap_or_else(|| panic!("{cut}: patch {frame} is in use and not there"))
+    }
+}
