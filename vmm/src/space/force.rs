@@ -174,9 +174,17 @@ impl<H: Host> Space<H> {
         Ok(LeafWord::Patched)
     }
 
-    /// Takes the protection off a leaf on which nothing is pending any more. Its lock is held.
+    /// Takes the protection off a leaf on which nothing is pending any more. Its lock is held. A cut
+    /// that came after the force, before this, is settled first.
     pub(super) fn open_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
-        let _remap = self.remapping();
+        let _remap = loop {
+            let remap = self.remapping();
+            if self.pending_cuts(leaf).is_empty() {
+                break remap;
+            }
+            drop(remap);
+            self.force_locked(leaf);
+        };
         if self.is_cut_reserved() {
             self.host.unprotect(leaf)?;
         } else {
@@ -200,9 +208,10 @@ impl<H: Host> Space<H> {
     /// can have happened since they were published. The leaf's lock is held.
     fn drop_leaf(&self, leaf: LeafNumber, block: CutId) -> Result<(), SpaceError> {
         let remap = self.remapping();
-        let has_new_cut = self.is_cut_reserved();
+        let has_new_cut = self.is_cut_reserved() || !self.pending_cuts(leaf).is_empty();
         if has_new_cut {
-            // The coming cut has looked at this leaf already, or will: leave it as it is.
+            // The coming cut has looked at this leaf already, or will: leave it as it is. One that
+            // came after the force has lent pages in it.
             drop(remap);
             return self.open_leaf(leaf);
         }
