@@ -195,13 +195,21 @@ impl<H: Host> Space<H> {
         Ok(())
     }
 
-    /// Whether the source's pages of a published leaf are all in its block, and none is pinned.
+    /// Whether the source's pages of a published leaf are all in its block, none is pinned, and no
+    /// store can come until the leaf is remapped.
     fn can_drop(&self, leaf: LeafNumber, lent: &PageSet) -> Result<bool, SpaceError> {
         if self.pin_table().pins_in(leaf) > 0 {
             return Ok(false);
         }
         let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
-        Ok(states.anonymous == *lent && states.written.is_empty())
+        Ok(match self.backing(leaf) {
+            // A page of a block that is not the VM's own yet has a marker, and traps like the others.
+            // (Markers scan as pages that are not in memory.)
+            Backing::Block(_) => states.written.is_empty() && states.present.minus(lent).is_empty(),
+            // An anonymous page that was never touched does not trap: its first store could fall
+            // between this and the remapping, and would be lost.
+            _ => states.written.is_empty() && states.anonymous == *lent && *lent == PageSet::ALL,
+        })
     }
 
     /// Puts the block in the place of the source's own pages, which are still protected: no store
