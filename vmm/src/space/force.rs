@@ -82,6 +82,8 @@ impl<H: Host> Space<H> {
                 }
             };
             newest_block = match word {
+                // A device may have written to a pinned page since: the block has the older bytes.
+                LeafWord::Block if cut.has_copies_in(leaf) => None,
                 LeafWord::Block => Some((cut.id(), lent)),
                 LeafWord::Base => newest_block,
                 _ => None,
