@@ -6,7 +6,12 @@
 //!
 //! Where userfaultfd is not permitted every test says so and passes.
 
+mod devices;
 mod maps;
 mod nursery;
+mod rows;
 
+mod basic;
 mod first_fork;
+mod pins;
+mod races;

@@ -183,7 +183,7 @@ pub(super) struct Nursery {
     pub(super) arena: Arc<ArenaDir>,
     pub(super) shape: MemoryShape,
     is_huge: bool,
-    next_slot: u32,
+    free_slots: Vec<u32>,
     vms: BTreeMap<VmId, Arc<Vm>>,
     /// Ended VMs whose windows others still need.
     images: BTreeMap<VmId, Arc<Vm>>,
@@ -213,7 +213,7 @@ impl Nursery {
             arena: Arc::new(arena),
             shape,
             is_huge: axes.is_huge,
-            next_slot: 0,
+            free_slots: (0..board_shape.members).rev().collect(),
             vms: BTreeMap::new(),
             images: BTreeMap::new(),
             files: BTreeMap::new(),
@@ -221,8 +221,7 @@ impl Nursery {
     }
 
     fn take_slot(&mut self) -> u32 {
-        let slot = self.next_slot;
-        self.next_slot += 1;
+        let slot = self.free_slots.pop().expect("a free member slot");
         self.board.open_member(slot).expect("a member's words");
         slot
     }
@@ -317,7 +316,10 @@ impl Nursery {
             let gone: Vec<VmId> =
                 self.images.keys().copied().filter(|id| !self.family.is_image_needed(*id)).collect();
             for id in &gone {
-                self.images.remove(id);
+                // A test may hold the VM still: its threads end here, its slot is another's.
+                let image = self.images.remove(id).expect("it is there");
+                image.stop_threads();
+                self.free_slots.push(image.slot);
                 let lost = self.family.source_gone(*id);
                 assert!(lost.is_empty(), "an image that is not needed has nothing to lose: {lost:?}");
             }
@@ -412,6 +414,10 @@ impl Nursery {
         // What the harvest gave up is booked by a sweep.
         self.settle();
         self.family.check().expect("the family's counts");
+    }
+
+    pub(super) fn living(&self) -> impl Iterator<Item = &Arc<Vm>> {
+        self.vms.values()
     }
 
     pub(super) fn leaves(&self) -> impl Iterator<Item = LeafNumber> {
