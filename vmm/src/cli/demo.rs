@@ -281,10 +281,15 @@ impl<'a> Demo<'a> {
         for vm in vms {
             let ended = self.wait_for(vm, VERIFY_LIMIT, |state| {
                 let console = String::from_utf8_lossy(&state.console).into_owned();
-                state.ended.clone().map(|ended| (ended, state.progress, [&state.troubles[..], &[console]].concat()))
+                state
+                    .ended
+                    .clone()
+                    .map(|ended| (ended, state.progress, [&state.troubles[..], &[console]].concat()))
             });
             match ended {
-                Ok(((Some(0), _), progress, troubles)) if progress.is_finished && troubles.concat().is_empty() => {
+                Ok(((Some(0), _), progress, troubles))
+                    if progress.is_finished && troubles.concat().is_empty() =>
+                {
                     results.push((vm, progress));
                 }
                 Ok(((status, text), progress, troubles)) => {

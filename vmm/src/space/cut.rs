@@ -322,6 +322,12 @@ impl<H: Host> Space<H> {
         }
         for leaf in self.shape.leaves() {
             if matches!(self.backing(leaf), Backing::Block(_)) && self.is_protected(leaf) {
+                let protected = &self.leaves[leaf.index()].protected;
+                if protected.load(Ordering::Acquire) == super::WITH_HOLES {
+                    self.host.protect(leaf, 1)?;
+                    figures.protect_calls += 1;
+                    protected.store(1, Ordering::Release);
+                }
                 let lent = self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY);
                 recorded.insert(leaf, lent);
                 area.set_protected(leaf);

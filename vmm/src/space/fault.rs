@@ -41,10 +41,14 @@ impl<H: Host> Space<H> {
                 if !self.is_protected(leaf) {
                     return Ok(self.host.wake(leaf)?);
                 }
+                let remap = self.remapping();
+                // No cut can come between the question and the answer.
                 if self.is_copied_for_all(gfn) {
-                    let _remap = self.remapping();
-                    return Ok(self.host.unprotect_page(gfn)?);
+                    self.host.unprotect_page(gfn)?;
+                    self.leaves[leaf.index()].protected.store(super::WITH_HOLES, Ordering::Release);
+                    return Ok(());
                 }
+                drop(remap);
                 self.force_locked(leaf);
                 self.open_leaf(leaf)
             }

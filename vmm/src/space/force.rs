@@ -182,9 +182,17 @@ impl<H: Host> Space<H> {
         Ok(LeafWord::Patched)
     }
 
-    /// Takes the protection off a leaf on which nothing is pending any more. Its lock is held.
+    /// Takes the protection off a leaf on which nothing is pending any more. Its lock is held. A cut
+    /// that came after the force, before this, is settled first.
     pub(super) fn open_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
-        let _remap = self.remapping();
+        let _remap = loop {
+            let remap = self.remapping();
+            if self.pending_cuts(leaf).is_empty() {
+                break remap;
+            }
+            drop(remap);
+            self.force_locked(leaf);
+        };
         if self.is_cut_reserved() {
             self.host.unprotect(leaf)?;
         } else {
@@ -195,22 +203,31 @@ impl<H: Host> Space<H> {
         Ok(())
     }
 
-    /// Whether the source's pages of a published leaf are all in its block, and none is pinned.
+    /// Whether the source's pages of a published leaf are all in its block, none is pinned, and no
+    /// store can come until the leaf is remapped.
     fn can_drop(&self, leaf: LeafNumber, lent: &PageSet) -> Result<bool, SpaceError> {
         if self.pin_table().pins_in(leaf) > 0 {
             return Ok(false);
         }
         let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
-        Ok(states.anonymous == *lent && states.written.is_empty())
+        Ok(match self.backing(leaf) {
+            // A page of a block that is not the VM's own yet has a marker, and traps like the others.
+            // (Markers scan as pages that are not in memory.)
+            Backing::Block(_) => states.written.is_empty() && states.present.minus(lent).is_empty(),
+            // An anonymous page that was never touched does not trap: its first store could fall
+            // between this and the remapping, and would be lost.
+            _ => states.written.is_empty() && states.anonymous == *lent && *lent == PageSet::ALL,
+        })
     }
 
     /// Puts the block in the place of the source's own pages, which are still protected: no store
     /// can have happened since they were published. The leaf's lock is held.
     fn drop_leaf(&self, leaf: LeafNumber, block: CutId) -> Result<(), SpaceError> {
         let remap = self.remapping();
-        let has_new_cut = self.is_cut_reserved();
+        let has_new_cut = self.is_cut_reserved() || !self.pending_cuts(leaf).is_empty();
         if has_new_cut {
-            // The coming cut has looked at this leaf already, or will: leave it as it is.
+            // The coming cut has looked at this leaf already, or will: leave it as it is. One that
+            // came after the force has lent pages in it.
             drop(remap);
             return self.open_leaf(leaf);
         }

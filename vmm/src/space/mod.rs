@@ -125,9 +125,13 @@ struct Leaf {
     backing: AtomicU32,
     /// 1 = registered for store traps, so that it can be protected.
     registered: AtomicU32,
-    /// 1 = a protection lies over the leaf, or over part of it.
+    /// 1 = a protection lies over the leaf; [`WITH_HOLES`].
     protected: AtomicU32,
 }
+
+/// A protection lies over the leaf, but for pages that were pinned and copied at a cut and stored to
+/// since: the next cut protects the leaf again.
+const WITH_HOLES: u32 = 2;
 
 /// Counts of what a space has done, for tests and reports.
 #[derive(Default)]

@@ -297,3 +297,6 @@ impl Host for Window {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
