@@ -1,10 +1,10 @@
-#![expect(unsafe_code, reason = "guest memory is touched through raw pointers and system calls only")]
 //! Pinned guest memory and every bulk move of bytes to or from it.
 //!
 //! A `Buffer` is a pin with its addresses, a `Span` a bounds-checked part of one. The guest (and
 //! other devices) may write the memory at any time, so no Rust reference to it exists anywhere:
 //! bytes are moved by system calls or by a string instruction that the compiler cannot see into.
 //! What a racing move returns is any mixture of old and new bytes, and nobody decides by them.
+#![expect(unsafe_code, reason = "guest memory is touched through raw pointers and system calls only")]
 
 use std::arch::asm;
 use std::fs::File;

@@ -1,6 +1,6 @@
-#![expect(unsafe_code, reason = "tests play guest memory with a mapping of their own")]
 //! What the devices' tests stand on: guest memory in a plain mapping, extent files in memory, an
 //! interrupt line that counts, a sink that remembers.
+#![expect(unsafe_code, reason = "tests play guest memory with a mapping of their own")]
 
 use std::collections::HashMap;
 use std::fs::File;

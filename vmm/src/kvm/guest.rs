@@ -1,9 +1,9 @@
-#![expect(unsafe_code, reason = "test guests live in an anonymous mapping")]
 //! Guests for the tests: hand-assembled programs in a small anonymous mapping, entered directly in
 //! 64-bit mode; no boot, no operating system.
 //!
 //! On a software KVM only ring 3 runs natively, and the I/O permission bitmap decides about ports
 //! there: the TSS has one that allows all. What needs `HLT` starts in ring 0.
+#![expect(unsafe_code, reason = "test guests live in an anonymous mapping")]
 
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;

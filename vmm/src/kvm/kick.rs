@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "sends a signal and writes to a mapping shared with the kernel")]
 //! How a thread is made to leave `KVM_RUN`, or a call in which it waits.
 //!
 //! Key types: [`StopSignal`], which everything that waits on a vCPU's thread heeds;
@@ -10,6 +9,7 @@
 //! Whichever of the two stores to `immediate_exit` is later: if the thread's, then the stop signal
 //! was raised before, and the thread sees it; if the stopper's, then `KVM_RUN` returns at once, or,
 //! where it was entered before, the signal ends it. So no stop is lost and one signal is enough.
+#![expect(unsafe_code, reason = "sends a signal and writes to a mapping shared with the kernel")]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;

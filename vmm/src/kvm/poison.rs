@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "installs a signal handler that looks at its thread's state")]
 //! Guest memory that is lost: how a vCPU that touches it comes to an end instead of the process.
 //!
 //! A page can be lost by a hardware memory error, or be poisoned on purpose because its bytes will
@@ -9,6 +8,7 @@
 //!
 //! Known hole: where the lost page holds the guest's page tables, a software KVM makes it a triple
 //! fault.
+#![expect(unsafe_code, reason = "installs a signal handler that looks at its thread's state")]
 
 use std::cell::Cell;
 use std::ptr::null;

@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "reads the union in kvm_run that describes an internal error")]
 //! The exit loop: enters `KVM_RUN`, hands exits to the [`Machine`], leaves when a stop is raised or
 //! the guest's run ends.
 //!
@@ -9,6 +8,7 @@
 //!
 //! Known hole: KVM hands over an access to a string of ports as one block; a `rep outsb` of four
 //! bytes to the call port looks like a call.
+#![expect(unsafe_code, reason = "reads the union in kvm_run that describes an internal error")]
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 

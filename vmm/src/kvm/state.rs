@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "the xsave ioctls trust their caller with the buffer's size")]
 //! Everything a vCPU is: saved from one, set into another, sent as bytes between.
 //!
 //! Key types: [`VcpuState`] (one vCPU's state, serialisable) and [`StateLayout`] (what this host's
@@ -26,6 +25,7 @@
 //!
 //! Setting a state may touch guest memory (kvmclock and steal-time pages are looked up): whoever
 //! resolves the window's faults must be at work before.
+#![expect(unsafe_code, reason = "the xsave ioctls trust their caller with the buffer's size")]
 
 use std::sync::Arc;
 

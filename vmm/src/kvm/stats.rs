@@ -1,8 +1,8 @@
-#![expect(unsafe_code, reason = "KVM_GET_STATS_FD has no wrapper in kvm-ioctls")]
 //! The kernel's own counters of a VM or a vCPU (`KVM_GET_STATS_FD`), by name.
 //!
 //! The file holds a header, then descriptors, then data; all is read through the descriptor, so
 //! nothing depends on the kernel's structures. Histograms are left out.
+#![expect(unsafe_code, reason = "KVM_GET_STATS_FD has no wrapper in kvm-ioctls")]
 
 use std::collections::BTreeMap;
 use std::fs::File;

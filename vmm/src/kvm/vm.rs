@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "hands host memory to the kernel as guest memory")]
 //! One KVM VM: memory slots, interrupt controller, clock, vCPUs.
 //!
 //! Key types: [`Vm`], made by [`Vm::new`] from a [`VmConfig`]; [`Vcpu`], a vCPU not yet running;
@@ -7,6 +6,7 @@
 //! A VM is made whole: slots first, then the interrupt controller, then vCPUs with their CPUID (in
 //! any other order a slot change waits milliseconds for a grace period of the kernel). It can be
 //! made long before it is needed: a pool holds such shells, and a clone only sets their state.
+#![expect(unsafe_code, reason = "hands host memory to the kernel as guest memory")]
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;

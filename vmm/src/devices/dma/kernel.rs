@@ -1,4 +1,3 @@
-#![expect(unsafe_code, reason = "io_uring entries and registered buffers name memory by address")]
 //! Transfers by the host kernel: one thread that owns an io_uring with registered buffers.
 //!
 //! A buffer is registered when its first transfer arrives, and unregistered when it has no transfer
@@ -8,6 +7,7 @@
 //!
 //! Caveat: registered memory counts against RLIMIT_MEMLOCK of an ordinary user; beyond it, transfers
 //! end with status FAILED.
+#![expect(unsafe_code, reason = "io_uring entries and registered buffers name memory by address")]
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
