@@ -43,6 +43,7 @@ impl<H: Host> Space<H> {
                 }
                 if self.is_copied_for_all(gfn) {
                     let _remap = self.remapping();
+                    self.set_protected(leaf, super::PARTLY_PROTECTED);
                     return Ok(self.host.unprotect_page(gfn)?);
                 }
                 self.force_locked(leaf);
