@@ -500,7 +500,11 @@ impl Family {
         let ledger = self.tables.ledger();
         // A record may have come to name again what none named for a while.
         self.parting.retain(|frames| ledger.references(*frames) == 0);
-        sweep.freed.extend(self.parting.extract_if(.., |frames| !mapped.contains(frames)));
+        // The words of a cut that is not settled name its frames too.
+        let cuts = &self.cuts;
+        let is_open = |id: CutId| cuts.get(&id).is_some_and(|cut| cut.table.is_none());
+        let unused = |frames: &Frames| !mapped.contains(frames) && !is_open(frames.cut());
+        sweep.freed.extend(self.parting.extract_if(.., |frames| unused(frames)));
         let unused = |id: &CutId| {
             ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
         };
