@@ -233,6 +233,10 @@ impl Family {
         let mut lost = Vec::new();
         for (id, cut) in self.cuts.iter_mut().filter(|(_, cut)| cut.source == vm) {
             cut.released = true;
+            if cut.unneeded {
+                // Nothing is lost: see `resolve`.
+                continue;
+            }
             let area = self.board.cut(*id);
             for leaf in area.pending() {
                 area.publish(leaf, LeafWord::Lost);

@@ -76,15 +76,15 @@ impl Family {
     fn own_references(&self, id: CutId, source: VmId) -> u32 {
         let mut own = 0;
         if let Some(vm) = self.vms.get(&source) {
-            own += self.slots_naming(vm.root, id);
+            own += self.thunks_naming(vm.root, id);
         }
         for cut in self.cuts.values().filter(|cut| cut.source == source && cut.unneeded) {
-            own += self.slots_naming(cut.base, id);
+            own += self.thunks_naming(cut.base, id);
         }
         own
     }
 
-    fn slots_naming(&self, root: Entry, cut: CutId) -> u32 {
+    fn thunks_naming(&self, root: Entry, cut: CutId) -> u32 {
         let mut count = 0;
         self.tables.for_each(root, &mut |_, _, entry| {
             count += match entry {
@@ -218,7 +218,11 @@ impl Family {
         let ledger = self.tables.ledger();
         // A record may have come to name again what none named for a while.
         self.parting.retain(|frames| ledger.references(*frames) == 0);
-        sweep.freed.extend(self.parting.extract_if(.., |frames| !mapped.contains(frames)));
+        // The words of a cut that is not settled name its frames too.
+        let cuts = &self.cuts;
+        let is_open = |id: CutId| cuts.get(&id).is_some_and(|cut| cut.table.is_none());
+        let unused = |frames: &Frames| !mapped.contains(frames) && !is_open(frames.cut());
+        sweep.freed.extend(self.parting.extract_if(.., |frames| unused(frames)));
         let unused = |id: &CutId| {
             ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
         };

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backing, Host, PageSource, Space, SpaceError, Traps};
+use super::{Backing, Host, PROTECTED, PageSource, Space, SpaceError, Traps};
 use crate::frames::CutId;
 use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
 
@@ -210,7 +210,7 @@ impl<H: Host> Space<H> {
             let present = after.first().map_or(PageSet::EMPTY, |(_, states)| states.present);
             if present.minus(&before).is_empty() {
                 self.block_sets().insert(leaf, before);
-                self.leaves[leaf.index()].protected.store(1, Ordering::Release);
+                self.set_protected(leaf, PROTECTED);
                 return Ok(());
             }
             self.host.unprotect(leaf)?;
@@ -304,7 +304,7 @@ impl<H: Host> Space<H> {
             self.host.protect(first, count)?;
             figures.protect_calls += 1;
             for leaf in (first.0..first.0 + count).map(LeafNumber) {
-                self.leaves[leaf.index()].protected.store(1, Ordering::Release);
+                self.set_protected(leaf, PROTECTED);
                 area.set_protected(leaf);
                 figures.protected_leaves += 1;
             }
@@ -322,11 +322,11 @@ impl<H: Host> Space<H> {
         }
         for leaf in self.shape.leaves() {
             if matches!(self.backing(leaf), Backing::Block(_)) && self.is_protected(leaf) {
-                let protected = &self.leaves[leaf.index()].protected;
-                if protected.load(Ordering::Acquire) == super::WITH_HOLES {
+                if self.is_partly_protected(leaf) {
+                    // The open pages are of the set that is known: they were pinned at a cut.
                     self.host.protect(leaf, 1)?;
+                    self.set_protected(leaf, PROTECTED);
                     figures.protect_calls += 1;
-                    protected.store(1, Ordering::Release);
                 }
                 let lent = self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY);
                 recorded.insert(leaf, lent);

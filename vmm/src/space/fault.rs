@@ -44,8 +44,8 @@ impl<H: Host> Space<H> {
                 let remap = self.remapping();
                 // No cut can come between the question and the answer.
                 if self.is_copied_for_all(gfn) {
+                    self.set_protected(leaf, super::PARTLY_PROTECTED);
                     self.host.unprotect_page(gfn)?;
-                    self.leaves[leaf.index()].protected.store(super::WITH_HOLES, Ordering::Release);
                     return Ok(());
                 }
                 drop(remap);

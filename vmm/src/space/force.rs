@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backing, Host, OpenCut, PageSource, Space, SpaceError};
+use super::{Backing, Host, OPEN, OpenCut, PageSource, Space, SpaceError};
 use crate::board::{LeafWord, Patches};
 use crate::frames::CutId;
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
@@ -199,7 +199,7 @@ impl<H: Host> Space<H> {
             self.host.unregister(leaf)?;
             self.leaves[leaf.index()].registered.store(0, Ordering::Release);
         }
-        self.leaves[leaf.index()].protected.store(0, Ordering::Release);
+        self.set_protected(leaf, OPEN);
         Ok(())
     }
 
@@ -242,7 +242,7 @@ impl<H: Host> Space<H> {
         }
         self.set_backing(leaf, Backing::Block(block));
         self.leaves[leaf.index()].registered.store(0, Ordering::Release);
-        self.leaves[leaf.index()].protected.store(0, Ordering::Release);
+        self.set_protected(leaf, OPEN);
         self.host.wake(leaf)?;
         self.counters.leaves_dropped.fetch_add(1, Ordering::Relaxed);
         Ok(())

@@ -125,13 +125,16 @@ struct Leaf {
     backing: AtomicU32,
     /// 1 = registered for store traps, so that it can be protected.
     registered: AtomicU32,
-    /// 1 = a protection lies over the leaf; [`WITH_HOLES`].
+    /// [`OPEN`], [`PROTECTED`] or [`PARTLY_PROTECTED`].
     protected: AtomicU32,
 }
 
-/// A protection lies over the leaf, but for pages that were pinned and copied at a cut and stored to
-/// since: the next cut protects the leaf again.
-const WITH_HOLES: u32 = 2;
+/// No protection lies over the leaf.
+const OPEN: u32 = 0;
+/// A protection lies over all of the leaf that was there when it was laid.
+const PROTECTED: u32 = 1;
+/// As before, but it has been taken off pages that had been copied for the cuts.
+const PARTLY_PROTECTED: u32 = 2;
 
 /// Counts of what a space has done, for tests and reports.
 #[derive(Default)]
@@ -231,7 +234,15 @@ impl<H: Host> Space<H> {
     }
 
     fn is_protected(&self, leaf: LeafNumber) -> bool {
-        self.leaves[leaf.index()].protected.load(Ordering::Acquire) != 0
+        self.leaves[leaf.index()].protected.load(Ordering::Acquire) != OPEN
+    }
+
+    fn is_partly_protected(&self, leaf: LeafNumber) -> bool {
+        self.leaves[leaf.index()].protected.load(Ordering::Acquire) == PARTLY_PROTECTED
+    }
+
+    fn set_protected(&self, leaf: LeafNumber, protected: u32) {
+        self.leaves[leaf.index()].protected.store(protected, Ordering::Release);
     }
 
     fn is_registered(&self, leaf: LeafNumber) -> bool {

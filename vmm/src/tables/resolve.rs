@@ -57,6 +57,10 @@ pub fn resolve(board: &Board, root: Entry, leaf: LeafNumber) -> Found {
                     Entry::decode(table)
                 } else {
                     match area.leaf(leaf) {
+                        // Whoever comes through a cut that nobody needs comes from a later cut of the
+                        // same source, which had no pages of its own there: what it had dropped for a
+                        // block lies below.
+                        LeafWord::Pending if area.is_unneeded() => Entry::decode(area.base()),
                         LeafWord::Pending => return Found::Pending(cut),
                         LeafWord::Block => {
                             return Found::Shared { block: Some(cut), patches: None };
