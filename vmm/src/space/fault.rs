@@ -89,8 +89,9 @@ impl<H: Host> Space<H> {
                 block.map_or(Backing::Anonymous, Backing::Block)
             }
             Found::Lost | Found::Pending(_) => {
-                self.host.poison(leaf)?;
+                // Who is woken by the poison must find out why.
                 self.set_backing(leaf, Backing::Lost);
+                self.host.poison(leaf).inspect_err(|_| self.set_backing(leaf, Backing::Trapped))?;
                 return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
         };
