@@ -20,6 +20,9 @@ pub enum Fault {
 /// How long to wait for a source before its name is logged.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a waiting thread may not notice that the space is being stopped: nobody wakes it then.
+const STOP_PATIENCE: Duration = Duration::from_millis(50);
+
 impl<H: Host> Space<H> {
     /// Resolves a fault at `gfn` and wakes who waits there. See the case table of the module.
     ///
@@ -94,8 +97,9 @@ impl<H: Host> Space<H> {
                 self.host.wake(leaf)?;
             }
             Found::Lost | Found::Pending(_) => {
-                self.host.poison(leaf)?;
+                // Who is woken by the poison must find out why.
                 self.set_backing(leaf, Backing::Lost);
+                self.host.poison(leaf).inspect_err(|_| self.set_backing(leaf, Backing::Trapped))?;
                 return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
         }
@@ -118,6 +122,7 @@ impl<H: Host> Space<H> {
     /// What the leaf holds, once that is known.
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
         let area = self.board.member(self.slot);
+        let mut waited = Duration::ZERO;
         loop {
             let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
             let Found::Pending(cut) = found else {
@@ -132,8 +137,12 @@ impl<H: Host> Space<H> {
             source.ring();
             self.host.wake_word(source.doorbell());
             let word = asked.raw(leaf);
-            self.host.wait_word(word, 0, SOURCE_PATIENCE);
+            self.host.wait_word(word, 0, STOP_PATIENCE);
             if word.load(Ordering::Acquire) == 0 {
+                waited += STOP_PATIENCE;
+            }
+            if waited >= SOURCE_PATIENCE {
+                waited = Duration::ZERO;
                 tracing::warn!(%cut, %leaf, source = asked.source(), "a source keeps its clone waiting");
             }
         }

@@ -13,5 +13,7 @@ mod rows;
 
 mod basic;
 mod first_fork;
+mod hazards_cut;
+mod model;
 mod pins;
 mod races;

@@ -247,6 +247,11 @@ impl Nursery {
 
     /// Takes a cut of a running VM.
     pub(super) fn cut(&mut self, source: &Vm) -> (CutId, CutFigures) {
+        self.cut_with(source, || {})
+    }
+
+    /// As [`Nursery::cut`]; `between` runs between the reservation and the pause.
+    pub(super) fn cut_with(&mut self, source: &Vm, between: impl FnOnce()) -> (CutId, CutFigures) {
         let cut = self.family.reserve_cut(source.id).expect("room for a cut");
         let len_bytes = self.shape.span_bytes();
         let blocks = self.arena.create_file(&cut.block_file(), len_bytes).expect("a block file");
@@ -256,6 +261,7 @@ impl Nursery {
         self.files.insert(cut, (blocks, patches));
         source.window().attach_cut(cut, files);
         let reserved = source.space.reserve_cut(cut).expect("reserving a cut");
+        between();
         let mut last = source.last_cut.lock().unwrap_or_else(PoisonError::into_inner);
         let stopped = source.gate.write().unwrap_or_else(PoisonError::into_inner);
         let figures = reserved.perform(*last).expect("performing a cut");
@@ -263,6 +269,18 @@ impl Nursery {
         *last = Some(cut);
         self.family.commit_cut(cut);
         (cut, figures)
+    }
+
+    /// Reserves a cut and does not perform it.
+    pub(super) fn give_up_a_cut(&mut self, source: &Vm) {
+        let cut = self.family.reserve_cut(source.id).expect("room for a cut");
+        drop(source.space.reserve_cut(cut).expect("reserving a cut"));
+        self.family.abort_cut(cut);
+        let len_bytes = self.shape.span_bytes();
+        for name in [cut.block_file(), cut.patch_file()] {
+            // The sweep that closes the cut removes them.
+            drop(self.arena.create_file(&name, len_bytes).expect("a file"));
+        }
     }
 
     /// One more clone of a cut.
