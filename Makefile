@@ -17,12 +17,16 @@ demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
+# The whole-system tests start the binary `salp` of the same profile: it is built first.
 test: lint ## Check and test everything; what the host cannot do is reported as SKIPPED
+	$(CARGO) build --workspace
 	$(CARGO) test --workspace --no-fail-fast -- --test-threads=$(TEST_THREADS) --show-output
 
 lint: ## Check formatting and clippy's rules
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path guest/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	cd guest && $(CARGO) clippy -- -D warnings
 
 fmt: ## Format all code
 	$(CARGO) fmt --all

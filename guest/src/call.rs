@@ -17,12 +17,7 @@ pub(crate) struct Arguments {
 /// Makes the call `number` until it is answered; returns `rax` and the registers.
 fn call(number: u32, arguments: Arguments) -> (u64, Arguments) {
     loop {
-        let Arguments {
-            mut rdi,
-            mut rsi,
-            mut rdx,
-            mut r8,
-        } = arguments;
+        let Arguments { mut rdi, mut rsi, mut rdx, mut r8 } = arguments;
         let mut rax = u64::from(number);
         // SAFETY: an exit to the host, which reads and writes the registers named here, and
         // memory only where the guest's own model allows it (no `nomem`).
@@ -61,24 +56,12 @@ pub(crate) fn finished(figures: Arguments) {
 
 /// Gives in the last order's result; returns the next order and its operands.
 pub(crate) fn next_order(result: u64) -> (u64, Arguments) {
-    call(
-        call::NEXT,
-        Arguments {
-            rdi: result,
-            ..Arguments::default()
-        },
-    )
+    call(call::NEXT, Arguments { rdi: result, ..Arguments::default() })
 }
 
 /// Sleeps at most `time_us` microseconds.
 pub(crate) fn sleep(time_us: u64) {
-    call(
-        call::SLEEP,
-        Arguments {
-            rdi: time_us,
-            ..Arguments::default()
-        },
-    );
+    call(call::SLEEP, Arguments { rdi: time_us, ..Arguments::default() });
 }
 
 /// This VM's id.
@@ -90,8 +73,6 @@ pub(crate) fn who() -> u64 {
 pub(crate) fn exit(status: u32) -> ! {
     loop {
         // SAFETY: the host does not resume this vCPU; if it does, ask again.
-        unsafe {
-            asm!("out {port}, eax", port = const port::EXIT, in("eax") status, options(nostack))
-        }
+        unsafe { asm!("out {port}, eax", port = const port::EXIT, in("eax") status, options(nostack)) }
     }
 }

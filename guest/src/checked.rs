@@ -50,21 +50,10 @@ impl Summed {
     /// Takes over `pages`, at least 2, and writes them all.
     pub(crate) fn new(pages: Pages, worker: &Worker) -> Self {
         let table_pages = pages.count.div_ceil(PAGE_WORDS + 1);
-        let table = Pages {
-            first: pages.first,
-            count: table_pages,
-        };
-        let data = Pages {
-            first: pages.first + table_pages,
-            count: pages.count - table_pages,
-        };
+        let table = Pages { first: pages.first, count: table_pages };
+        let data = Pages { first: pages.first + table_pages, count: pages.count - table_pages };
         let random = Random::new(mix(worker.identity(), worker.index));
-        let mut summed = Self {
-            table,
-            data,
-            random,
-            identity: worker.identity(),
-        };
+        let mut summed = Self { table, data, random, identity: worker.identity() };
         for index in 0..data.count {
             summed.write(index);
         }
@@ -107,9 +96,7 @@ impl Summed {
         let address = self.data.address(index);
         let (expected, found) = (load(self.entry(index)), checksum(address, index));
         if found != expected {
-            worker.error(format_args!(
-                "page {address:#x} has checksum {found:#x}, not {expected:#x}"
-            ));
+            worker.error(format_args!("page {address:#x} has checksum {found:#x}, not {expected:#x}"));
         }
     }
 

@@ -62,15 +62,9 @@ pub(crate) struct Completion {
 #[derive(Debug)]
 #[expect(dead_code, reason = "the fields are for the printed text")]
 pub(crate) enum EngineError {
-    Absent {
-        identity: u64,
-    },
+    Absent { identity: u64 },
     OutOfMemory,
-    Refused {
-        register: u64,
-        value: u64,
-        error: u64,
-    },
+    Refused { register: u64, value: u64, error: u64 },
 }
 
 /// The engine with a ring of its own.
@@ -87,27 +81,16 @@ pub(crate) struct Engine {
 impl Engine {
     /// Finds the engine and gives it a ring of `entries`, a power of two up to 256.
     pub(crate) fn set_up(supply: &mut Supply, entries: u64) -> Result<Self, EngineError> {
-        assert!(
-            entries <= MAX_ENTRIES as u64 && entries.is_power_of_two(),
-            "{entries} entries"
-        );
+        assert!(entries <= MAX_ENTRIES as u64 && entries.is_power_of_two(), "{entries} entries");
         let identity = read_register(register::IDENTITY);
         if identity != MAGIC {
             return Err(EngineError::Absent { identity });
         }
         let pages = (entries * DESCRIPTOR_BYTES).div_ceil(PAGE_BYTES);
-        let ring = supply
-            .take_contiguous(pages)
-            .ok_or(EngineError::OutOfMemory)?;
+        let ring = supply.take_contiguous(pages).ok_or(EngineError::OutOfMemory)?;
         configure(register::RING_BASE, ring)?;
         configure(register::RING_ENTRIES, entries)?;
-        Ok(Self {
-            ring,
-            entries,
-            tail: 0,
-            rung: 0,
-            taken: [false; MAX_ENTRIES],
-        })
+        Ok(Self { ring, entries, tail: 0, rung: 0, taken: [false; MAX_ENTRIES] })
     }
 
     /// Writes the next descriptor and returns its entry; `None` while that entry is not free.
@@ -117,19 +100,12 @@ impl Engine {
             return None;
         }
         let at = self.address(entry);
-        let head = u64::from(request.operation)
-            | u64::from(request.flags) << 16
-            | u64::from(request.length) << 32;
+        let head =
+            u64::from(request.operation) | u64::from(request.flags) << 16 | u64::from(request.length) << 32;
         store(at, head);
         store(at + offset_of!(Descriptor, source) as u64, request.source);
-        store(
-            at + offset_of!(Descriptor, destination) as u64,
-            request.destination,
-        );
-        store(
-            at + offset_of!(Descriptor, slot) as u64,
-            u64::from(request.slot),
-        );
+        store(at + offset_of!(Descriptor, destination) as u64, request.destination);
+        store(at + offset_of!(Descriptor, slot) as u64, u64::from(request.slot));
         store(at + offset_of!(Descriptor, cookie) as u64, request.cookie);
         store(at + OUTCOME, u64::from(status::PENDING) << 32);
         self.taken[entry] = true;
@@ -156,11 +132,7 @@ impl Engine {
         }
         self.taken[entry] = false;
         let cookie = load(at + offset_of!(Descriptor, cookie) as u64);
-        Some(Completion {
-            status,
-            length,
-            cookie,
-        })
+        Some(Completion { status, length, cookie })
     }
 
     /// Descriptors submitted since the ring was set.
@@ -178,11 +150,7 @@ pub(crate) fn configure(register: u64, value: u64) -> Result<(), EngineError> {
     write_register(register, value);
     match read_register(register::ERROR) {
         salp_protocol::dma::error::NONE => Ok(()),
-        error => Err(EngineError::Refused {
-            register,
-            value,
-            error,
-        }),
+        error => Err(EngineError::Refused { register, value, error }),
     }
 }
 

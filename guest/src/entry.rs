@@ -28,7 +28,9 @@ global_asm!(
     ".set vector, 0",
     ".rept 256",
     ".balign 16",
-    ".if (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)",
+    // The exceptions that push an error code (SDM 3A, table 7-1).
+    ".set coded, (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17)",
+    ".if coded || (vector == 21) || (vector == 29) || (vector == 30)",
     ".else",
     "push 0",
     ".endif",

@@ -24,21 +24,14 @@ impl Pages {
     /// Share `index` of `shares` equal ones.
     pub(crate) fn share(self, index: u64, shares: u64) -> Self {
         let count = self.count / shares;
-        Self {
-            first: self.first + index * count,
-            count,
-        }
+        Self { first: self.first + index * count, count }
     }
 
     /// The guest-physical address of page `index` of the run.
     pub(crate) fn address(self, index: u64) -> u64 {
         assert!(index < self.count, "page {index} of {}", self.count);
         let low = layout::FREE + (self.first + index) * PAGE_BYTES;
-        if low < layout::DEVICE_HOLE {
-            low
-        } else {
-            low - layout::DEVICE_HOLE + layout::HIGH_RAM
-        }
+        if low < layout::DEVICE_HOLE { low } else { low - layout::DEVICE_HOLE + layout::HIGH_RAM }
     }
 
     /// The address of the run's first byte if the run lies in one piece.
@@ -58,22 +51,14 @@ impl Supply {
     /// All that a machine of `ram_bytes` has for the cases.
     pub(crate) fn new(ram_bytes: u64) -> Self {
         let count = ram_bytes.saturating_sub(layout::FREE) / PAGE_BYTES;
-        Self {
-            rest: Pages { first: 0, count },
-        }
+        Self { rest: Pages { first: 0, count } }
     }
 
     /// The next `count` pages, if there are as many.
     pub(crate) fn take(&mut self, count: u64) -> Option<Pages> {
         let rest = self.rest.count.checked_sub(count)?;
-        let taken = Pages {
-            first: self.rest.first,
-            count,
-        };
-        self.rest = Pages {
-            first: taken.first + count,
-            count: rest,
-        };
+        let taken = Pages { first: self.rest.first, count };
+        self.rest = Pages { first: taken.first + count, count: rest };
         Some(taken)
     }
 
@@ -86,11 +71,7 @@ impl Supply {
             let wasted = above_hole - taken.first;
             self.rest.count = self.rest.count.checked_sub(wasted)?;
             self.rest.first += wasted;
-            Pages {
-                first: above_hole,
-                count,
-            }
-            .contiguous()
+            Pages { first: above_hole, count }.contiguous()
         })
     }
 }

@@ -69,10 +69,7 @@ impl Options {
                 layout::COMMAND_LINE_BYTES,
             )
         };
-        let end = bytes
-            .iter()
-            .position(|&byte| byte == 0)
-            .unwrap_or(bytes.len());
+        let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
         let Ok(line) = core::str::from_utf8(&bytes[..end]) else {
             usage(format_args!("the command line is not UTF-8"))
         };
@@ -86,17 +83,12 @@ impl Options {
     }
 
     fn pairs(self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        self.line
-            .split_ascii_whitespace()
-            .map(|word| word.split_once('=').unwrap_or((word, "")))
+        self.line.split_ascii_whitespace().map(|word| word.split_once('=').unwrap_or((word, "")))
     }
 
     /// The value of `key`; the last one counts.
     pub(crate) fn text(self, key: &str) -> Option<&'static str> {
-        self.pairs()
-            .filter(|&(k, _)| k == key)
-            .last()
-            .map(|(_, value)| value)
+        self.pairs().filter(|&(k, _)| k == key).last().map(|(_, value)| value)
     }
 
     /// The number at `key`, or `default`.

@@ -6,12 +6,8 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// One number out of two, so that near arguments give far results.
 pub(crate) fn mix(a: u64, b: u64) -> u64 {
-    let x = (a ^ b.rotate_left(32))
-        .wrapping_add(GOLDEN)
-        .wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let y = (x ^ (x >> 31))
-        .wrapping_mul(0x94d0_49bb_1331_11eb)
-        .wrapping_add(b);
+    let x = (a ^ b.rotate_left(32)).wrapping_add(GOLDEN).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let y = (x ^ (x >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb).wrapping_add(b);
     y ^ (y >> 29)
 }
 
@@ -45,18 +41,10 @@ pub(crate) fn check(address: u64, words: u64, seed: u64) -> Result<(), Mismatch>
 pub(crate) fn check_bytes(address: u64, bytes: u64, seed: u64) -> Result<(), Mismatch> {
     for i in 0..bytes.div_ceil(8) {
         let kept = bytes - 8 * i;
-        let mask = if kept >= 8 {
-            u64::MAX
-        } else {
-            (1 << (8 * kept)) - 1
-        };
+        let mask = if kept >= 8 { u64::MAX } else { (1 << (8 * kept)) - 1 };
         let (expected, found) = (word(seed, i) & mask, load(address + 8 * i) & mask);
         if found != expected {
-            return Err(Mismatch {
-                address: address + 8 * i,
-                expected,
-                found,
-            });
+            return Err(Mismatch { address: address + 8 * i, expected, found });
         }
     }
     Ok(())
@@ -64,9 +52,7 @@ pub(crate) fn check_bytes(address: u64, bytes: u64, seed: u64) -> Result<(), Mis
 
 /// The checksum of a page's bytes; depends on their order and on `seed`.
 pub(crate) fn checksum(address: u64, seed: u64) -> u64 {
-    (0..PAGE_WORDS).fold(seed, |sum, i| {
-        (sum.rotate_left(5) ^ load(address + 8 * i)).wrapping_mul(GOLDEN)
-    })
+    (0..PAGE_WORDS).fold(seed, |sum, i| (sum.rotate_left(5) ^ load(address + 8 * i)).wrapping_mul(GOLDEN))
 }
 
 /// xorshift64*: random enough to choose pages.

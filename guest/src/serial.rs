@@ -12,9 +12,7 @@ impl Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
             // SAFETY: a byte to the transmit register; the 16550 of salp is always ready.
-            unsafe {
-                asm!("out dx, al", in("dx") port::SERIAL, in("al") byte, options(nomem, nostack))
-            }
+            unsafe { asm!("out dx, al", in("dx") port::SERIAL, in("al") byte, options(nomem, nostack)) }
         }
         Ok(())
     }

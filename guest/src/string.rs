@@ -1,10 +1,7 @@
 //! The memory routines that the compiler calls. A hosted program has them from its C library.
 //!
 //! String instructions, so that the compiler cannot turn a loop in here into a call of itself.
-#![expect(
-    unsafe_code,
-    reason = "the compiler's memory routines take raw pointers"
-)]
+#![expect(unsafe_code, reason = "the compiler's memory routines take raw pointers")]
 
 use core::arch::asm;
 

@@ -60,12 +60,7 @@ impl Worker {
         if index == 0 {
             IDENTITY.store(call::who(), Ordering::Relaxed);
         }
-        Self {
-            index,
-            count,
-            limit,
-            tally,
-        }
+        Self { index, count, limit, tally }
     }
 
     /// The same vCPU, with no end of its own: it goes on until vCPU 0 finishes.
@@ -105,15 +100,8 @@ impl Worker {
 
     /// Counts a failed check of memory, if it failed.
     pub(crate) fn check(&self, what: &str, outcome: Result<(), Mismatch>) -> bool {
-        if let Err(Mismatch {
-            address,
-            expected,
-            found,
-        }) = outcome
-        {
-            self.error(format_args!(
-                "{what}: {address:#x} holds {found:#x}, not {expected:#x}"
-            ));
+        if let Err(Mismatch { address, expected, found }) = outcome {
+            self.error(format_args!("{what}: {address:#x} holds {found:#x}, not {expected:#x}"));
         }
         outcome.is_ok()
     }
@@ -125,9 +113,7 @@ impl Worker {
 
     /// Counts verified transfers.
     pub(crate) fn count_transfers(&self, transfers: u64) {
-        self.tally()
-            .transfers
-            .fetch_add(transfers, Ordering::Relaxed);
+        self.tally().transfers.fetch_add(transfers, Ordering::Relaxed);
     }
 
     /// Counts transfers from 0 again: this VM is a new one.
@@ -157,11 +143,7 @@ impl Worker {
         }
         let figures = sums();
         call::finished(figures);
-        call::exit(if figures.rsi == 0 {
-            exit::OK
-        } else {
-            exit::ERRORS
-        })
+        call::exit(if figures.rsi == 0 { exit::OK } else { exit::ERRORS })
     }
 
     fn tally(&self) -> &'static Tally {
@@ -177,12 +159,10 @@ pub(crate) fn rest() -> ! {
 }
 
 fn sums() -> Arguments {
-    TALLIES
-        .iter()
-        .fold(Arguments::default(), |sum, tally| Arguments {
-            rdi: sum.rdi + tally.rounds.load(Ordering::Relaxed),
-            rsi: sum.rsi + tally.errors.load(Ordering::Relaxed),
-            rdx: sum.rdx + tally.transfers.load(Ordering::Relaxed),
-            r8: sum.r8.wrapping_add(tally.figure.load(Ordering::Relaxed)),
-        })
+    TALLIES.iter().fold(Arguments::default(), |sum, tally| Arguments {
+        rdi: sum.rdi + tally.rounds.load(Ordering::Relaxed),
+        rsi: sum.rsi + tally.errors.load(Ordering::Relaxed),
+        rdx: sum.rdx + tally.transfers.load(Ordering::Relaxed),
+        r8: sum.r8.wrapping_add(tally.figure.load(Ordering::Relaxed)),
+    })
 }

@@ -47,18 +47,13 @@ struct Pair {
 
 impl Pair {
     fn new(pages: Pages) -> Self {
-        Self {
-            first: pages.address(0),
-            second: pages.address(pages.count / 2),
-        }
+        Self { first: pages.address(0), second: pages.address(pages.count / 2) }
     }
 
     fn check_exact(&self, worker: &Worker, count: u64) {
         let (first, second) = (load(self.first), load(self.second));
         if (first, second) != (count, count) {
-            worker.error(format_args!(
-                "counter: pages hold {first} and {second}, not {count}"
-            ));
+            worker.error(format_args!("counter: pages hold {first} and {second}, not {count}"));
         }
     }
 
@@ -67,9 +62,7 @@ impl Pair {
         let second = load(self.second);
         let first = load(self.first);
         if second > first {
-            worker.error(format_args!(
-                "counter: second page {second} is newer than {first}"
-            ));
+            worker.error(format_args!("counter: second page {second} is newer than {first}"));
         }
     }
 }

@@ -16,10 +16,7 @@ pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worke
     if worker.index > 0 {
         return super::churn::accompany(worker, options, pages);
     }
-    let area = Patterned {
-        pages,
-        words: PAGE_WORDS,
-    };
+    let area = Patterned { pages, words: PAGE_WORDS };
     let rounds = options.number("rounds", 1).max(1);
     let mut levels = options.number("nest", 0);
     let mut identity = call::who();
@@ -36,9 +33,7 @@ pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worke
         let now = call::who();
         area.check_all(&worker, "fork", salt);
         if (now == identity) == (answer == 0) {
-            worker.error(format_args!(
-                "fork: answer {answer} to {identity}, who is {now} now"
-            ));
+            worker.error(format_args!("fork: answer {answer} to {identity}, who is {now} now"));
         }
         if answer == 0 {
             (round, clones) = if levels > 0 { (0, 0) } else { (rounds, 0) };

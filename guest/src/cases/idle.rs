@@ -24,10 +24,7 @@ pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worke
     if halting {
         entry::enable_interrupts();
     }
-    let area = Patterned {
-        pages,
-        words: PAGE_WORDS,
-    };
+    let area = Patterned { pages, words: PAGE_WORDS };
     area.fill_all(SALT);
     loop {
         if halting {

@@ -35,9 +35,9 @@ fn obey(order: u64, operands: Arguments) -> u64 {
             }
             0
         }
-        order::SUM_STRIDE => (0..rdx).fold(0, |sum: u64, i| {
-            sum.wrapping_add(load64(rdi.wrapping_add(i.wrapping_mul(r8))))
-        }),
+        order::SUM_STRIDE => {
+            (0..rdx).fold(0, |sum: u64, i| sum.wrapping_add(load64(rdi.wrapping_add(i.wrapping_mul(r8)))))
+        }
         order::ATOMIC_ADD => atomic_add(rdi, rsi),
         order::FILL => fill(rdi, rsi as u8, rdx),
         order::DMA_WRITE => {
@@ -82,9 +82,7 @@ fn store8(address: u64, value: u8) -> u64 {
 fn atomic_add(address: u64, value: u64) -> u64 {
     let old;
     // SAFETY: see above.
-    unsafe {
-        asm!("lock xadd [{}], {}", in(reg) address, inout(reg) value => old, options(nostack))
-    }
+    unsafe { asm!("lock xadd [{}], {}", in(reg) address, inout(reg) value => old, options(nostack)) }
     old
 }
 
@@ -104,12 +102,7 @@ fn count(first: u64, second: u64, every: u64) -> u64 {
         k += 1;
         store64(first, k);
         store64(second, k);
-        if k % every.max(1) == 0
-            && call::progress(Arguments {
-                rdi: k,
-                ..Arguments::default()
-            })
-        {
+        if k % every.max(1) == 0 && call::progress(Arguments { rdi: k, ..Arguments::default() }) {
             return k;
         }
     }

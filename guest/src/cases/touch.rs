@@ -13,10 +13,7 @@ const REPORT_PAGES: u64 = 16 * MIB_PAGES;
 
 pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worker {
     let pages = super::memory(options, &mut supply).share(worker.index, worker.count);
-    let area = Patterned {
-        pages,
-        words: options.number_in("words", 512, 1, 512),
-    };
+    let area = Patterned { pages, words: options.number_in("words", 512, 1, 512) };
     // Pages below `cursor` hold the pattern of `salt`, the others that of `old` (none at first).
     let (mut old, mut cursor, mut written) = (None, 0, 0);
     let mut salt = mix(worker.identity(), 0);

@@ -45,7 +45,8 @@ pub enum BootError {
     /// A memory region is not where the guest's memory map has RAM (in whole 2 MiB from 0 to the
     /// device hole, then from [`layout::HIGH_RAM`] without a gap).
     #[error(
-        "RAM of {len_bytes} bytes at {start:#x} does not fit the memory map (expected at {expected:#x}, in whole 2 MiB)"
+        "RAM of {len_bytes} bytes at {start:#x} does not fit the memory map: expected at {expected:#x}, in \
+         whole 2 MiB"
     )]
     RamMisplaced {
         /// First byte of the region.

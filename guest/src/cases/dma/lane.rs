@@ -78,15 +78,7 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn new(plan: Plan) -> Self {
         let random = Random::new(mix(plan.seed, plan.index));
-        Self {
-            plan,
-            random,
-            state: State::Resting,
-            cycle: 0,
-            pattern: 0,
-            skew: 0,
-            length: 0,
-        }
+        Self { plan, random, state: State::Resting, cycle: 0, pattern: 0, skew: 0, length: 0 }
     }
 
     /// From the next cycle on, other patterns than the source's.
@@ -128,11 +120,7 @@ impl Lane {
 
     /// Checks what a transfer did; returns the state after it.
     fn complete(&self, stage: Stage, completion: Completion, worker: &Worker) -> State {
-        let Completion {
-            status,
-            length,
-            cookie,
-        } = completion;
+        let Completion { status, length, cookie } = completion;
         if status == status::LOST_AT_FORK {
             self.prepare(stage);
             return State::Ready(stage);
@@ -140,7 +128,9 @@ impl Lane {
         if (status, u64::from(length), cookie) != (status::OK, self.length, self.cookie(stage)) {
             worker.error(format_args!(
                 "dma: lane {} {stage:?}: status {status}, {length} bytes of {}, cookie {cookie:#x} for {:#x}",
-                self.plan.index, self.length, self.cookie(stage)
+                self.plan.index,
+                self.length,
+                self.cookie(stage)
             ));
             return State::Resting;
         }
@@ -183,10 +173,7 @@ impl Lane {
         let mask = u64::MAX << (8 * (self.length & 7));
         let found = load(last) & mask;
         if found != BEFORE & mask {
-            worker.error(format_args!(
-                "{what}: {found:#x} behind {:#x}",
-                target + self.length
-            ));
+            worker.error(format_args!("{what}: {found:#x} behind {:#x}", target + self.length));
             return false;
         }
         whole

@@ -97,19 +97,13 @@ impl Case {
         let mut pins = Pins::register(&mut supply, options.number("pins", 0))?;
         let disk_bytes = engine::read_register(register::BACKING_BYTES) / depth;
         if disk_bytes < 4096 {
-            usage(format_args!(
-                "depth={depth}: the backing has {disk_bytes} bytes for each"
-            ));
+            usage(format_args!("depth={depth}: the backing has {disk_bytes} bytes for each"));
         }
         let mut lanes = [const { None }; MAX_LANES];
         for (index, place) in lanes.iter_mut().enumerate().take(depth as usize) {
             let index = index as u64;
             // The first half of the lanes (rounded up), as far as there is room, is registered.
-            let registered = if index < depth.div_ceil(2) {
-                pins.take_buffers(bytes)
-            } else {
-                None
-            };
+            let registered = if index < depth.div_ceil(2) { pins.take_buffers(bytes) } else { None };
             let (buffers, capacity, slot) = match registered {
                 Some((address, capacity, slot)) => (address, capacity, Some(slot)),
                 None => {
@@ -129,14 +123,7 @@ impl Case {
             }));
         }
         pins.fill_rest();
-        Ok(Self {
-            engine,
-            lanes,
-            pins,
-            interrupt,
-            dirty,
-            cursor: 0,
-        })
+        Ok(Self { engine, lanes, pins, interrupt, dirty, cursor: 0 })
     }
 
     /// Works until the rounds are done or the host says so, then until nothing is under way.
@@ -170,10 +157,7 @@ impl Case {
                     identity = worker.identity();
                     worker.reset_transfers();
                     memory.diverge(identity);
-                    self.lanes
-                        .iter_mut()
-                        .flatten()
-                        .for_each(|lane| lane.diverge(identity));
+                    self.lanes.iter_mut().flatten().for_each(|lane| lane.diverge(identity));
                 }
                 self.rewrite_some(memory, worker);
             }
@@ -206,10 +190,7 @@ impl Case {
             call::sleep(WAIT_US);
         }
         if completed() != submitted {
-            worker.error(format_args!(
-                "dma: {} of {submitted} completed",
-                completed()
-            ));
+            worker.error(format_args!("dma: {} of {submitted} completed", completed()));
         }
         if self.interrupt && submitted > 0 && entry::interrupts(VECTOR) == 0 {
             worker.error(format_args!("dma: no interrupt came"));

@@ -34,9 +34,7 @@ impl Pins {
         if pages > SLOT_PAGES * BUFFER_SLOTS as u64 {
             usage(format_args!("pins={pages} is more than the slots hold"));
         }
-        let mut pins = Self {
-            buffers: [None; BUFFER_SLOTS],
-        };
+        let mut pins = Self { buffers: [None; BUFFER_SLOTS] };
         let mut left = pages;
         for (slot, place) in (0..).zip(pins.buffers.iter_mut()) {
             let pages = left.min(SLOT_PAGES);
@@ -44,17 +42,11 @@ impl Pins {
                 break;
             }
             left -= pages;
-            let address = supply
-                .take_contiguous(pages)
-                .ok_or(EngineError::OutOfMemory)?;
+            let address = supply.take_contiguous(pages).ok_or(EngineError::OutOfMemory)?;
             configure(register::BUFFER_BASE, address)?;
             configure(register::BUFFER_LENGTH, pages * PAGE_BYTES)?;
             configure(register::BUFFER_REGISTER, slot)?;
-            *place = Some(Buffer {
-                address,
-                pages,
-                used: 0,
-            });
+            *place = Some(Buffer { address, pages, used: 0 });
         }
         Ok(pins)
     }
@@ -75,17 +67,13 @@ impl Pins {
 
     /// Gives all pages that no lane has taken their pattern.
     pub(super) fn fill_rest(&self) {
-        self.rest()
-            .for_each(|page| pattern::fill(page, PAGE_WORDS, mix(SALT, page)));
+        self.rest().for_each(|page| pattern::fill(page, PAGE_WORDS, mix(SALT, page)));
     }
 
     /// Checks those pages and lets go of all buffers.
     pub(super) fn check_rest_and_unregister(&self, worker: &Worker) {
         for page in self.rest() {
-            worker.check(
-                "dma, pinned page",
-                pattern::check(page, PAGE_WORDS, mix(SALT, page)),
-            );
+            worker.check("dma, pinned page", pattern::check(page, PAGE_WORDS, mix(SALT, page)));
         }
         for (slot, _) in (0..).zip(self.buffers.iter().flatten()) {
             if let Err(error) = configure(register::BUFFER_UNREGISTER, slot) {
