@@ -116,8 +116,7 @@ impl Game {
 
     fn discard(&mut self, who: usize, gfn: Gfn) {
         let is_whole = self.below(2) == 0;
-        let (first, pages) =
-            if is_whole { (gfn.leaf().first_gfn(), wide(LEAF_PAGES)) } else { (gfn, 1) };
+        let (first, pages) = if is_whole { (gfn.leaf().first_gfn(), wide(LEAF_PAGES)) } else { (gfn, 1) };
         self.note(format!("{} discards {pages} from {first}", self.pairs[who].vm.id));
         let pair = &mut self.pairs[who];
         let range = first.0..first.0 + pages;

@@ -57,8 +57,7 @@ fn c4_the_device_writes_after_the_cut() {
 fn c5_exactly_the_pinned_pages_are_copied() {
     run("c5", |row| {
         let pages = [Gfn(3), Gfn(4), Gfn(5), Gfn(200), Gfn(512 + 8), Gfn(1024 + 40)];
-        let devices: Vec<_> =
-            pages.iter().map(|gfn| Device::pin(&row.parent, *gfn, row.engine)).collect();
+        let devices: Vec<_> = pages.iter().map(|gfn| Device::pin(&row.parent, *gfn, row.engine)).collect();
         let parent = Arc::clone(&row.parent);
         let (cut, figures) = row.nursery.cut(&parent);
         assert_eq!(figures.copied_pages, 6, "{}", row.point);
