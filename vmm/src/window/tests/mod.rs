@@ -14,6 +14,7 @@ mod rows;
 mod basic;
 mod first_fork;
 mod hazards_cut;
+mod hazards_force;
 mod model;
 mod pins;
 mod races;

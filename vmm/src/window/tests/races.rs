@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::nursery::{Axes, Nursery, Vm};
 use super::rows::OLD;
-use crate::space::Keep;
-use crate::words::{Gfn, LEAF_PAGES, wide};
+use crate::space::{Access, Keep};
+use crate::words::{Gfn, Gpa, LEAF_PAGES, wide};
 
 /// A thread that acts on a VM until it is told to stop; what it counted is returned.
 struct Actor {
@@ -199,4 +199,83 @@ fn hazard_p14_in_a_clone_the_second_store_is_never_newer_than_the_first() {
 
 fn low(count: u64) -> u32 {
     u32::try_from(count).expect("fewer stores than that")
+}
+
+/// Short pins at the highest rate, stores, forks, publication with drops and exits, all at once. The
+/// device writes a number to its page under the pin, and finds it there under the next one.
+#[test]
+fn short_pins_against_forks_lose_no_transfer() {
+    for axes in [Axes::HUGE, Axes::SMALL] {
+        let Some(mut nursery) = Nursery::new("short_pins", axes, 4) else { return };
+        let vm = touched(&mut nursery, 2);
+        (0..3).for_each(|leaf| vm.set(Gfn(leaf * 512 + 20), 0));
+        let devices: Vec<Actor> = (0..3)
+            .map(|leaf| {
+                let (vm, gfn) = (Arc::clone(&vm), Gfn(leaf * 512 + 20));
+                Actor::start(move |count| {
+                    assert_eq!(vm.get(gfn), count - 1, "a transfer was lost");
+                    vm.space.pin(gfn, 1, Access::ReadWrite).expect("a pin");
+                    vm.set(gfn, count);
+                    vm.space.unpin(gfn, 1).expect("the pin is there");
+                })
+            })
+            .collect();
+        for round in 0..60 {
+            let child = nursery.fork(&vm);
+            let at_cut: Vec<u64> = (0..3).map(|leaf| child.load(Gfn(leaf * 512 + 20).gpa())).collect();
+            if round % 2 == 0 {
+                vm.publish_all(Keep::Shared);
+            }
+            for (leaf, seen) in (0..3).zip(at_cut) {
+                // The cut may have come in the middle of the device's copy loop, but stays as it is.
+                assert_eq!(child.load(Gfn(leaf * 512 + 20).gpa()), seen);
+                assert!(seen <= vm.load(Gfn(leaf * 512 + 20).gpa()));
+            }
+            nursery.exit(child);
+        }
+        let counts: Vec<u64> = devices.into_iter().map(Actor::finish).collect();
+        for (leaf, count) in (0..3).zip(counts) {
+            assert_eq!(vm.get(Gfn(leaf * 512 + 20)), count);
+        }
+        assert_eq!(vm.space.pinned(), (0, 0));
+        nursery.check();
+    }
+}
+
+/// Three threads write their own words of the same leaves of a clone that knows nothing yet, while
+/// it is forked itself: a first touch, a copy and a protection meet.
+#[test]
+fn first_touches_against_forks_of_the_same_clone() {
+    for axes in [Axes::HUGE, Axes::SMALL] {
+        let Some(mut nursery) = Nursery::new("first_touches", axes, 8) else { return };
+        let parent = touched(&mut nursery, 6);
+        for _ in 0..6 {
+            let clone = nursery.fork(&parent);
+            let actors: Vec<Actor> = (0..3)
+                .map(|word| {
+                    let vm = Arc::clone(&clone);
+                    let place =
+                        move |count: u64| Gpa(Gfn(count % 8 * 512 + count % 7).gpa().0 + 8 + word * 8);
+                    Actor::start(move |count| {
+                        vm.store(place(count), count);
+                        assert_eq!(vm.load(place(count)), count);
+                    })
+                })
+                .collect();
+            for _ in 0..5 {
+                let grandchild = nursery.fork(&clone);
+                let before: Vec<_> = (0..8).map(|leaf| grandchild.page(Gfn(leaf * 512 + 3))).collect();
+                clone.publish_all(Keep::Shared);
+                for (leaf, page) in (0..8).zip(before) {
+                    assert!(grandchild.page(Gfn(leaf * 512 + 3)) == page, "the clone's memory changes");
+                    let first = grandchild.load(Gfn(leaf * 512 + 3).gpa());
+                    assert_eq!(first, if leaf < 6 { OLD } else { 0 });
+                }
+                nursery.exit(grandchild);
+            }
+            actors.into_iter().for_each(|actor| drop(actor.finish()));
+            nursery.exit(clone);
+            nursery.check();
+        }
+    }
 }
