@@ -76,15 +76,15 @@ impl Family {
     fn own_references(&self, id: CutId, source: VmId) -> u32 {
         let mut own = 0;
         if let Some(vm) = self.vms.get(&source) {
-            own += self.thunks_naming(vm.root, id);
+            own += self.thunk_count(vm.root, id);
         }
         for cut in self.cuts.values().filter(|cut| cut.source == source && cut.unneeded) {
-            own += self.thunks_naming(cut.base, id);
+            own += self.thunk_count(cut.base, id);
         }
         own
     }
 
-    fn thunks_naming(&self, root: Entry, cut: CutId) -> u32 {
+    fn thunk_count(&self, root: Entry, cut: CutId) -> u32 {
         let mut count = 0;
         self.tables.for_each(root, &mut |_, _, entry| {
             count += match entry {
