@@ -125,6 +125,37 @@ impl fmt::Display for LeafNumber {
     }
 }
 
+/// An address in this process, in memory that a guest or a device may change at any time: a number,
+/// with which nothing is done but by raw copies whose callers argue for themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostAddress(usize);
+
+impl HostAddress {
+    /// The address of a pointer.
+    #[must_use]
+    pub fn new(pointer: *mut u8) -> Self {
+        Self(pointer.expose_provenance())
+    }
+
+    /// The address as a pointer.
+    #[must_use]
+    pub fn as_ptr(self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.0)
+    }
+
+    /// The address as a number.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        wide(self.0)
+    }
+
+    /// The address `offset_bytes` further on.
+    #[must_use]
+    pub const fn plus(self, offset_bytes: usize) -> Self {
+        Self(self.0.wrapping_add(offset_bytes))
+    }
+}
+
 /// A set of pages of one leaf, by their positions 0 to 511.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct PageSet([u64; LEAF_PAGES / 64]);

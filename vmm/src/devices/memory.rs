@@ -14,36 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::{Access, GuestRam, RamError};
-use crate::words::{Gpa, wide};
-
-/// An address in this process, in memory that belongs to a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostAddress(*mut u8);
-
-// SAFETY: an address is a number; using it takes an unsafe block with an argument of its own.
-unsafe impl Send for HostAddress {}
-// SAFETY: as above.
-unsafe impl Sync for HostAddress {}
-
-impl HostAddress {
-    /// Wraps a pointer.
-    #[must_use]
-    pub const fn new(pointer: *mut u8) -> Self {
-        Self(pointer)
-    }
-
-    /// The pointer.
-    #[must_use]
-    pub const fn as_ptr(self) -> *mut u8 {
-        self.0
-    }
-
-    /// The address `offset_bytes` further on.
-    #[must_use]
-    pub const fn plus(self, offset_bytes: usize) -> Self {
-        Self(self.0.wrapping_add(offset_bytes))
-    }
-}
+use crate::words::{Gpa, HostAddress, wide};
 
 /// A pin: while this lives, its host address range is valid and stays the same memory.
 ///

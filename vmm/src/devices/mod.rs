@@ -30,7 +30,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::words::{Gfn, Gpa};
 
-pub use memory::{HostAddress, PinnedRange};
+pub use memory::PinnedRange;
 
 /// What a device will do with the memory that it pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,8 +13,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use super::backing::{ExtentFileId, ExtentFiles};
-use super::{Access, GuestRam, HostAddress, InterruptLine, PinnedRange, RamError, lock};
-use crate::words::{Gpa, PAGE_BYTES, index, wide};
+use super::{Access, GuestRam, InterruptLine, PinnedRange, RamError, lock};
+use crate::words::{Gpa, HostAddress, PAGE_BYTES, index, wide};
 
 struct Mapping {
     first: AtomicPtr<u8>,

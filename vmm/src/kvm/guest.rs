@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 
-use crate::kvm::{HostAddress, Irqchip, Kvm, Region, Vcpu, Vm, VmConfig};
+use crate::kvm::{Irqchip, Kvm, Region, Vcpu, Vm, VmConfig, VouchedAddress};
 use crate::words::{Gpa, index, wide};
 
 /// Guest memory, in bytes.
@@ -151,7 +151,7 @@ impl Ram {
     /// A VM over this memory, which must outlive it.
     pub(super) fn vm(&self, kvm: &Kvm, vcpus: u8, irqchip: Irqchip) -> (Vm, Vec<Vcpu>) {
         // SAFETY: the tests drop their VMs before the memory.
-        let host = unsafe { HostAddress::new(self.start.as_ptr()) };
+        let host = unsafe { VouchedAddress::new(self.start.as_ptr()) };
         let regions = vec![Region { gpa: Gpa(0), len_bytes: RAM_BYTES, host }];
         Vm::new(kvm, &VmConfig { vcpus, irqchip, regions }).expect("a VM")
     }

@@ -41,4 +41,4 @@ pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
 pub use run::Exits;
 pub use state::VcpuState;
 pub use vcpu::{Times, VcpuThread, resume_all, stop_all};
-pub use vm::{HostAddress, Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState};
+pub use vm::{Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState, VouchedAddress};

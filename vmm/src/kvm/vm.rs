@@ -31,9 +31,9 @@ const SPLIT_PINS: u64 = 24;
 
 /// The address of a range of this process that becomes guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostAddress(u64);
+pub struct VouchedAddress(u64);
 
-impl HostAddress {
+impl VouchedAddress {
     /// Vouches for a host range.
     ///
     /// # Safety
@@ -54,7 +54,7 @@ pub struct Region {
     /// Length in bytes, a multiple of 4 KiB.
     pub len_bytes: usize,
     /// Where it lies.
-    pub host: HostAddress,
+    pub host: VouchedAddress,
 }
 
 /// Which interrupt controller the VM has.
@@ -177,7 +177,7 @@ impl Vm {
                 memory_size: wide(region.len_bytes),
                 userspace_addr: region.host.0,
             };
-            // SAFETY: whoever made the region's `HostAddress` vouches that the range is the
+            // SAFETY: whoever made the region's `VouchedAddress` vouches that the range is the
             // guest's for as long as the VM exists.
             unsafe { fd.set_user_memory_region(slot) }
                 .map_err(KvmError::ioctl("KVM_SET_USER_MEMORY_REGION"))?;

@@ -32,7 +32,6 @@ use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Msi, VcpuThread, Vm, resume_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
 use crate::window::{CutFiles, OnFailure, Resolvers, Window};
-use crate::words::wide;
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
@@ -528,9 +527,8 @@ impl Member {
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         let counters = life.space.counters();
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let window = life.space.host().host_address(crate::words::Gpa(0)).as_ptr();
         let mut description = Description {
-            window: wide(window as usize),
+            window: life.space.host().host_address(crate::words::Gpa(0)).get(),
             leaves_resolved: read(&counters.leaves_resolved),
             store_faults: read(&counters.store_faults),
             blocks_published: read(&counters.blocks_published),

@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::devices::{Access, GuestRam, HostAddress, PinnedRange, RamError};
+use crate::devices::{Access, GuestRam, PinnedRange, RamError};
 use crate::space::{self, Space, SpaceError};
 use crate::window::Window;
-use crate::words::{Gfn, Gpa, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
+use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
 
 /// See the module.
 pub struct SpaceRam(pub Arc<Space<Window>>);
@@ -68,7 +68,7 @@ impl GuestRam for SpaceRam {
             SpaceError::NotMemory { gfn } => RamError::OutOfRange { gpa, len_bytes, gfn },
             other => RamError::Host { gfn: first, reason: other.to_string() },
         })?;
-        let host = HostAddress::new(self.0.host().host_address(gpa).as_ptr());
+        let host = self.0.host().host_address(gpa);
         Ok(Box::new(SpacePin { space: Arc::clone(&self.0), first, pages, host, len_bytes }))
     }
 

@@ -14,7 +14,7 @@ use super::messages::{GuestKind, Setup};
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
-use crate::kvm::{HostAddress, Irqchip, Kvm, Region, VcpuThread, Vm, VmConfig};
+use crate::kvm::{Irqchip, Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
 use crate::window::Window;
 use crate::words::{LEAF_BYTES, wide};
 
@@ -127,7 +127,7 @@ fn make_vm(
         len_bytes: count as usize * LEAF_BYTES,
         // SAFETY: the window reserves the range as long as the process runs a VM over it (the VM is
         // closed first), and Rust keeps nothing in it.
-        host: unsafe { HostAddress::new(window.host_address(first.gpa()).as_ptr()) },
+        host: unsafe { VouchedAddress::new(window.host_address(first.gpa()).as_ptr()) },
     };
     let regions: Vec<Region> = setup.memory.regions().into_iter().map(region).collect();
     debug_assert!(

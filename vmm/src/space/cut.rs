@@ -45,11 +45,6 @@ impl OpenCut {
         self.previous
     }
 
-    /// The lent set of a leaf, where it was recorded.
-    pub(super) fn recorded(&self, leaf: LeafNumber) -> Option<PageSet> {
-        self.recorded_sets().get(&leaf).copied()
-    }
-
     fn recorded_sets(&self) -> MutexGuard<'_, BTreeMap<LeafNumber, PageSet>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,22 +150,28 @@ impl<H: Host> Space<H> {
     }
 
     /// Records what is lent to earlier cuts: exact now, since lent pages keep their protection and
-    /// newer ones have none; blurred by the next protection.
+    /// newer ones have none; blurred by the next protection. A leaf that is forced meanwhile may be
+    /// recorded wrongly, and nobody asks for it any more.
     fn record_pending(&self) -> Result<(), SpaceError> {
         for cut in self.open_cuts() {
             for leaf in self.board.cut(cut.id()).pending() {
-                let _leaf = self.lock_leaf(leaf);
-                let is_pending = self.pending_cuts(leaf).iter().any(|pending| pending.id() == cut.id());
-                if is_pending && cut.recorded(leaf).is_none() {
-                    let states = self.host.scan(leaf, 1)?;
-                    let lent = states
-                        .first()
-                        .map_or(PageSet::EMPTY, |(_, states)| states.anonymous.minus(&states.written));
-                    cut.recorded_sets().insert(leaf, lent);
-                }
+                self.lent_to(&cut, leaf)?;
             }
         }
         Ok(())
+    }
+
+    /// The pages of a leaf that are lent to a cut on which it is pending: as recorded, or as they are
+    /// now, which is recorded then. Whoever comes first, force or the next cut, decides.
+    pub(super) fn lent_to(&self, cut: &OpenCut, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
+        let mut recorded = cut.recorded_sets();
+        if let Some(lent) = recorded.get(&leaf) {
+            return Ok(*lent);
+        }
+        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
+        let lent = states.anonymous.minus(&states.written);
+        recorded.insert(leaf, lent);
+        Ok(lent)
     }
 
     /// Protects the blocks that have exclusive pages now, so that the pause need not.

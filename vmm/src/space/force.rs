@@ -74,11 +74,7 @@ impl<H: Host> Space<H> {
         let mut last: Option<Settled> = None;
         let mut newest_block = None;
         for cut in &pending {
-            let lent = match cut.recorded(leaf) {
-                Some(lent) => Ok(lent),
-                None => self.lent_now(leaf),
-            };
-            let (word, lent) = match lent {
+            let (word, lent) = match self.lent_to(cut, leaf) {
                 Ok(lent) => (self.publish_leaf(cut, leaf, &lent, last.as_ref()), lent),
                 Err(error) => {
                     tracing::error!(%leaf, cut = %cut.id(), %error, "lent pages cannot be found");
@@ -98,12 +94,6 @@ impl<H: Host> Space<H> {
             last = Some(Settled { cut: cut.id(), word, lent, has_copies: cut.has_copies_in(leaf) });
         }
         (!pending.is_empty()).then_some(newest_block)
-    }
-
-    /// The pages of a leaf that are lent: anonymous and protected.
-    fn lent_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
-        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
-        Ok(states.anonymous.minus(&states.written))
     }
 
     /// Writes what one cut needs of a leaf, and returns what to say of it.

@@ -9,25 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicU32;
 
-use crate::words::{LEAF_BYTES, PAGE_BYTES, index, wide};
-
-/// An address in a window. What is there may change at any time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostAddress(*mut u8);
-
-// SAFETY: an address is a number; all accesses through it are made by raw copies whose callers
-// argue for themselves.
-unsafe impl Send for HostAddress {}
-// SAFETY: as above.
-unsafe impl Sync for HostAddress {}
-
-impl HostAddress {
-    /// The address as a pointer.
-    #[must_use]
-    pub fn as_ptr(self) -> *mut u8 {
-        self.0
-    }
-}
+use crate::words::{HostAddress, LEAF_BYTES, PAGE_BYTES, index, wide};
 
 /// `[base, base + len)`, aligned to 2 MiB and owned: unmapped when dropped.
 pub(super) struct Reservation {
@@ -60,18 +42,18 @@ impl Reservation {
         }
         let whole = whole.cast::<u8>();
         let base = whole.wrapping_add(whole.align_offset(LEAF_BYTES));
-        Ok(Self { base: HostAddress(base), len_bytes, whole: (HostAddress(whole), whole_bytes) })
+        Ok(Self { base: HostAddress::new(base), len_bytes, whole: (HostAddress::new(whole), whole_bytes) })
     }
 
     /// The address at `offset`.
     pub(super) fn address(&self, offset: usize) -> HostAddress {
         debug_assert!(offset <= self.len_bytes);
-        HostAddress(self.base.0.wrapping_add(offset))
+        self.base.plus(offset)
     }
 
     /// A range of offsets as host addresses.
     pub(super) fn host(&self, range: Range<u64>) -> Range<u64> {
-        let base = wide(self.base.0 as usize);
+        let base = self.base.get();
         base + range.start..base + range.end
     }
 
@@ -95,7 +77,7 @@ impl Reservation {
         // there was guest memory, to which no Rust reference but atomics exists.
         let mapped = unsafe {
             libc::mmap(
-                self.address(index(range.start)).0.cast(),
+                self.address(index(range.start)).as_ptr().cast(),
                 index(range.end - range.start),
                 libc::PROT_READ | libc::PROT_WRITE,
                 flags,
@@ -115,11 +97,11 @@ impl Reservation {
         // SAFETY: source and destination are owned by the two reservations; see `map_fixed`.
         let moved = unsafe {
             libc::mremap(
-                aside.base.0.cast(),
+                aside.base.as_ptr().cast(),
                 len_bytes,
                 len_bytes,
                 libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
-                self.address(index(range.start)).0,
+                self.address(index(range.start)).as_ptr(),
             )
         };
         if moved == libc::MAP_FAILED {
@@ -133,11 +115,12 @@ impl Reservation {
     /// be somebody else's by now.
     fn unmap_around(self) {
         let this = std::mem::ManuallyDrop::new(self);
-        let head = this.base.0 as usize - this.whole.0.0 as usize;
+        let head = index(this.base.get() - this.whole.0.get());
         let tail = this.whole.1 - head - this.len_bytes;
         for (start, len_bytes) in [(this.whole.0, head), (this.address(this.len_bytes), tail)] {
             // SAFETY: head and tail were mapped by `new` and are accessed by nobody.
-            let result = unsafe { if len_bytes > 0 { libc::munmap(start.0.cast(), len_bytes) } else { 0 } };
+            let result =
+                unsafe { if len_bytes > 0 { libc::munmap(start.as_ptr().cast(), len_bytes) } else { 0 } };
             debug_assert!(result == 0, "unmapping failed: {}", io::Error::last_os_error());
         }
     }
@@ -147,7 +130,11 @@ impl Reservation {
         // SAFETY: the range lies inside this reservation; the advices used here change nothing but
         // how the range is backed, or make its pages zero, which is what the caller asks for.
         let result = unsafe {
-            libc::madvise(self.address(index(range.start)).0.cast(), index(range.end - range.start), advice)
+            libc::madvise(
+                self.address(index(range.start)).as_ptr().cast(),
+                index(range.end - range.start),
+                advice,
+            )
         };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
@@ -168,14 +155,14 @@ impl Reservation {
         // SAFETY: the source lies inside the reservation and is RAM (callers check), hence mapped
         // readable; the destination is a slice of the caller's. The bytes may change meanwhile: any
         // mixture of them is a right answer, as for a device.
-        unsafe { std::ptr::copy(self.address(offset).0, into.as_mut_ptr(), into.len()) }
+        unsafe { std::ptr::copy(self.address(offset).as_ptr(), into.as_mut_ptr(), into.len()) }
     }
 
     /// Copies into the window.
     pub(super) fn write(&self, offset: usize, from: &[u8]) {
         assert!(offset + from.len() <= self.len_bytes, "a write beyond the window");
         // SAFETY: as for `read`, in the other direction.
-        unsafe { std::ptr::copy(from.as_ptr(), self.address(offset).0, from.len()) }
+        unsafe { std::ptr::copy(from.as_ptr(), self.address(offset).as_ptr(), from.len()) }
     }
 
     /// An aligned word, for atomic access. None if it is not aligned or not inside.
@@ -183,7 +170,7 @@ impl Reservation {
         (offset.is_multiple_of(4) && offset + 4 <= self.len_bytes).then(|| {
             // SAFETY: aligned and inside the reservation, which lives as long as the reference;
             // atomics are the one kind of reference to guest memory that there is.
-            unsafe { AtomicU32::from_ptr(self.address(offset).0.cast()) }
+            unsafe { AtomicU32::from_ptr(self.address(offset).as_ptr().cast()) }
         })
     }
 
@@ -198,7 +185,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         // SAFETY: the whole range was mapped by `new` and belongs to this object.
-        let result = unsafe { libc::munmap(self.whole.0.0.cast(), self.whole.1) };
+        let result = unsafe { libc::munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
         debug_assert!(result == 0, "unmapping a window failed: {}", io::Error::last_os_error());
     }
 }

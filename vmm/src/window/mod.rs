@@ -25,7 +25,6 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-pub use self::mapping::HostAddress;
 pub use self::pagemap::Pagemap;
 pub use self::resolvers::{OnFailure, Resolvers};
 pub use self::userfault::Userfault;
@@ -35,7 +34,7 @@ use crate::arena_files::{ArenaDir, ArenaReader};
 use crate::frames::CutId;
 use crate::ipc::futex;
 use crate::space::{Host, HostError, PageSource, PageStates, Patch, Traps};
-use crate::words::{Gfn, Gpa, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, index, wide};
+use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, index, wide};
 
 /// Where files of the arena are found.
 pub trait FrameFiles: Send + Sync {
@@ -144,7 +143,7 @@ impl Window {
 
     /// The guest page at a host address, if it is one of this window.
     pub fn gfn_at(&self, address: u64) -> Option<Gfn> {
-        let offset = address.checked_sub(wide(self.memory.address(0).as_ptr() as usize))?;
+        let offset = address.checked_sub(self.memory.address(0).get())?;
         (offset < self.shape.span_bytes()).then_some(Gpa(offset).gfn())
     }
 

@@ -8,10 +8,9 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use super::HostAddress;
 use super::mapping::Reservation;
 use crate::space::PageStates;
-use crate::words::{Gpa, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
+use crate::words::{Gpa, HostAddress, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
 
 const WRITTEN: u64 = 1 << 1;
 const FILE: u64 = 1 << 2;
@@ -149,7 +148,7 @@ impl Pagemap {
     /// The host frame number of the page at `address`; 0 where none is mapped, or the caller may
     /// not see it.
     pub(super) fn frame_number(&self, address: HostAddress) -> io::Result<u64> {
-        self.frame_number_at(wide(address.as_ptr() as usize))
+        self.frame_number_at(address.get())
     }
 
     /// The host frame number of the page at a host address of the process.
