@@ -9,8 +9,14 @@
 //! - [`FrameFiles`]: where the arena's files are found by name.
 //! - [`Resolvers`]: the threads that resolve faults.
 //!
-//! Known holes: the window is `MADV_DONTFORK`, and each remap asks for that again; a process that
-//! forks between the two shares that leaf with its child. Members never fork.
+//! Known holes:
+//! - The window is `MADV_DONTFORK`, and each remap asks for that again; a process that forks between
+//!   the two shares that leaf with its child. Members never fork.
+//! - Only pages that are the VM's own trap while a cut protects. A thread that is not stopped and
+//!   stores for the first time to a page (untouched, or of the arena), then to another page that the
+//!   cut has not come to yet, has the second store in the clone without the first. So threads that
+//!   store by themselves, devices' too, must be held while a cut is performed; DMA into pinned pages
+//!   need not be.
 
 mod mapping;
 mod pagemap;

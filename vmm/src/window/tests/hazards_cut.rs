@@ -118,7 +118,7 @@ fn hazard_p6_pure_arena_leaves_keep_their_huge_mappings_over_a_cut() {
     let (cut, figures) = nursery.cut(&child);
     assert_eq!((figures.protected_leaves, huge_kib(&child)), (1, 7 * 2048));
     let grandchild = nursery.clone_of(cut);
-    (0..8).for_each(|leaf| drop(grandchild.page(LeafNumber(leaf).gfn(3))));
+    (0..8).for_each(|leaf| grandchild.touch(LeafNumber(leaf).gfn(3)));
     assert_eq!((grandchild.get(Gfn(3)), huge_kib(&child)), (NEW, 7 * 2048));
     assert_eq!(huge_kib(&grandchild), 7 * 2048);
     nursery.check();
@@ -186,7 +186,7 @@ fn hazard_q2_no_mapping_of_a_window_is_for_children() {
         // With patches: a mapping prepared aside and moved in.
         let grandchild = nursery.fork(&child);
         for vm in [&parent, &child, &grandchild] {
-            (0..6).for_each(|leaf| drop(vm.page(LeafNumber(leaf).gfn(3))));
+            (0..6).for_each(|leaf| vm.touch(LeafNumber(leaf).gfn(3)));
             let kept = Map::is_kept_from_children;
             let given: Vec<Map> = maps(vm.window()).into_iter().filter(|map| !kept(map)).collect();
             assert!(given.is_empty(), "{axes:?}: {given:x?}");

@@ -244,7 +244,7 @@ fn hazard_p17_a_second_generation_sees_no_older_frame() {
         for generation in 0..4 {
             let source = Arc::clone(line.last().expect("a line"));
             // The leaf's older block is in the page cache of every window of the line by now.
-            line.iter().for_each(|vm| drop(vm.page(Gfn(3))));
+            line.iter().for_each(|vm| vm.touch(Gfn(3)));
             (0..20).for_each(|page| source.set(Gfn(page), 0x1000 + generation));
             let child = nursery.fork(&source);
             source.set(Gfn(3), 0x2000 + generation);

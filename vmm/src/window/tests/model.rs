@@ -199,14 +199,14 @@ fn play(axes: Axes, seed: u64, steps: usize) -> bool {
     let Some(mut nursery) = Nursery::new("model", axes, leaves) else { return false };
     let vm = nursery.first_vm();
     let mut pages = vec![0; index(LEAVES) * LEAF_PAGES];
-    for page in 0..LEAF_PAGES + 30 {
-        vm.set(Gfn(wide(page)), 0xf000 + wide(page));
-        pages[page] = 0xf000 + wide(page);
+    for (gfn, page) in (0..).map(Gfn).zip(&mut pages[..LEAF_PAGES + 30]) {
+        *page = 0xf000 + gfn.0;
+        vm.set(gfn, *page);
     }
     let pairs = vec![Pair { vm, pages, devices: Vec::new() }];
     let log = vec![format!("seed {seed} {axes:?}")];
-    let mut game = Game { nursery, pairs, random: seed * 2 + 1, next_value: 0, log };
-    (0..5).for_each(|_| drop(game.below(2)));
+    let mut game =
+        Game { nursery, pairs, random: (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15), next_value: 0, log };
     for _ in 0..steps {
         game.step();
     }

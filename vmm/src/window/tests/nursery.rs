@@ -113,6 +113,11 @@ impl Vm {
         page
     }
 
+    /// Reads a page for the sake of the access.
+    pub(super) fn touch(&self, gfn: Gfn) {
+        let _bytes = self.page(gfn);
+    }
+
     /// Stores one word at the start of a page.
     pub(super) fn store(&self, gpa: Gpa, value: u64) {
         self.window().write(gpa, &value.to_ne_bytes());

@@ -273,7 +273,9 @@ fn first_touches_against_forks_of_the_same_clone() {
                 }
                 nursery.exit(grandchild);
             }
-            actors.into_iter().for_each(|actor| drop(actor.finish()));
+            for actor in actors {
+                actor.finish();
+            }
             nursery.exit(clone);
             nursery.check();
         }
