@@ -13,6 +13,8 @@
 
 mod cut_area;
 mod member_area;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::ops::Range;

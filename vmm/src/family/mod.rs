@@ -7,13 +7,16 @@
 //!   `Thunk(cut)` as their root, and the cut's base is what the source's root was. So a clone takes
 //!   one reference, at the root, whatever the size of memory.
 //! - A cut is *needed* as long as anybody but its own source may read through it. Who refers to it
-//!   is counted exactly; what the source's own line refers to is subtracted ([`Family::sweep`]).
+//!   is counted exactly; what the source's own line refers to does not matter ([`Family::sweep`]).
 //! - When none of its leaves is pending, a cut is *settled*: its leaf words become leaf records of a
 //!   table, which shares with its base all that did not change.
 //!
 //! Every operation decides first and changes nothing if it fails.
 
 mod check;
+mod sweep;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -23,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::board::{Board, LeafWord};
-use crate::frames::{BlockId, CutId, Frames};
+use crate::frames::{CutId, Frames};
 use crate::tables::{Entry, Found, LeafRecord, NUMBER_LIMIT, TableCounts, Tables, TablesError, resolve};
 use crate::words::{LeafNumber, PageSet};
 
@@ -295,235 +298,6 @@ impl Family {
         let result = self.tables.set_private(&mut entry.root, leaf, exclusive, &mut retain_in(cuts));
         self.board.member(entry.slot).set_base(entry.root.encode());
         Ok(result?)
-    }
-
-    /// Settles every cut that can be, and says what follows from all changes.
-    ///
-    /// # Errors
-    /// No room for a table: what could not be settled stays as it is, and is right as it is.
-    pub fn sweep(&mut self) -> Result<Sweep, FamilyError> {
-        let mut sweep = Sweep::default();
-        let mut failed = None;
-        loop {
-            // What was given up since counts no more.
-            self.count_released();
-            let before = (self.cuts.len(), sweep.unneeded.len());
-            self.declare_unneeded(&mut sweep);
-            let settleable: Vec<CutId> =
-                self.cuts.keys().copied().filter(|id| self.can_settle(*id)).collect();
-            for id in &settleable {
-                if let Err(error) = self.settle(*id) {
-                    failed = Some(error);
-                }
-            }
-            self.drop_unreferenced();
-            if failed.is_some()
-                || (settleable.is_empty() && before == (self.cuts.len(), sweep.unneeded.len()))
-            {
-                break;
-            }
-        }
-        self.close_files(&mut sweep);
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(sweep),
-        }
-    }
-
-    /// A cut is unneeded if nobody refers to it but its own source, or that source's later cuts
-    /// that are unneeded themselves.
-    fn declare_unneeded(&mut self, sweep: &mut Sweep) {
-        // Later cuts first: whether a cut is needed depends on the cuts above it.
-        let ids: Vec<CutId> = self.cuts.keys().copied().rev().collect();
-        let mut changed = true;
-        while changed {
-            changed = false;
-            for id in &ids {
-                let cut = &self.cuts[id];
-                if cut.unneeded || !cut.committed || cut.table.is_some() {
-                    continue;
-                }
-                if cut.references == self.own_references(*id, cut.source) {
-                    self.board.cut(*id).set_unneeded();
-                    if let Some(cut) = self.cuts.get_mut(id) {
-                        cut.unneeded = true;
-                    }
-                    sweep.unneeded.push(*id);
-                    changed = true;
-                }
-            }
-        }
-    }
-
-    fn own_references(&self, id: CutId, source: VmId) -> u32 {
-        let mut own = 0;
-        if let Some(vm) = self.vms.get(&source) {
-            own += self.slots_naming(vm.root, id);
-        }
-        for cut in self.cuts.values().filter(|cut| cut.source == source && cut.unneeded) {
-            own += self.slots_naming(cut.base, id);
-        }
-        own
-    }
-
-    fn slots_naming(&self, root: Entry, cut: CutId) -> u32 {
-        let mut count = 0;
-        self.tables.for_each(root, &mut |_, _, entry| {
-            count += match entry {
-                Entry::Thunk(named) if named == cut => 1,
-                Entry::Leaf(record) => match self.tables.leaf_record(record) {
-                    LeafRecord::Private { under: Entry::Thunk(named), .. } if named == cut => 1,
-                    _ => 0,
-                },
-                _ => 0,
-            };
-        });
-        count
-    }
-
-    fn can_settle(&self, id: CutId) -> bool {
-        let cut = &self.cuts[&id];
-        let base_is_open = matches!(cut.base, Entry::Thunk(base) if self.is_open(base));
-        let nothing_pending = cut.released || self.board.cut(id).pending().next().is_none();
-        cut.committed && cut.table.is_none() && !base_is_open && nothing_pending
-    }
-
-    fn is_open(&self, id: CutId) -> bool {
-        self.cuts.get(&id).is_some_and(|cut| cut.table.is_none())
-    }
-
-    /// Turns a cut's leaf words into a table, and gives that to whoever had the cut as root.
-    fn settle(&mut self, id: CutId) -> Result<(), FamilyError> {
-        let base = self.cuts[&id].base;
-        let mut table = self.share(base);
-        let board = self.board.clone();
-        let area = board.cut(id);
-        for leaf in area.protected() {
-            if let Err(error) =
-                Self::settle_leaf(&mut self.tables, &mut self.cuts, &area, id, &mut table, leaf)
-            {
-                self.release(table);
-                return Err(error.into());
-            }
-        }
-        area.set_table(table.encode());
-        if let Some(cut) = self.cuts.get_mut(&id) {
-            cut.table = Some(table);
-        }
-        let heirs: Vec<VmId> =
-            self.vms.iter().filter(|(_, vm)| vm.root == Entry::Thunk(id)).map(|(vm, _)| *vm).collect();
-        for vm in heirs {
-            let root = self.share(table);
-            self.set_root(vm, root);
-        }
-        let above: Vec<CutId> =
-            self.cuts.iter().filter(|(_, cut)| cut.base == Entry::Thunk(id)).map(|(cut, _)| *cut).collect();
-        for other in above {
-            let base = self.share(table);
-            self.board.cut(other).set_base(base.encode());
-            if let Some(cut) = self.cuts.get_mut(&other) {
-                let old = std::mem::replace(&mut cut.base, base);
-                self.release(old);
-            }
-        }
-        Ok(())
-    }
-
-    fn settle_leaf(
-        tables: &mut Tables,
-        cuts: &mut BTreeMap<CutId, Cut>,
-        area: &crate::board::CutArea<'_>,
-        id: CutId,
-        table: &mut Entry,
-        leaf: LeafNumber,
-    ) -> Result<(), TablesError> {
-        let mut retain = retain_in(cuts);
-        match area.leaf(leaf) {
-            // Pending only where the source has let go: nobody but the source can get here, and the
-            // source has the pages.
-            LeafWord::Base | LeafWord::Pending => Ok(()),
-            LeafWord::Block => tables.set_shared(table, leaf, (Some(id), None), &mut retain),
-            LeafWord::Patched => {
-                let block = area.patches(leaf).block;
-                tables.set_shared(table, leaf, (block, Some(id)), &mut retain)
-            }
-            LeafWord::Zero => tables.set_entry(table, leaf, Entry::Empty, &mut retain),
-            LeafWord::Lost => tables.set_entry(table, leaf, Entry::Lost, &mut retain),
-        }
-    }
-
-    fn drop_unreferenced(&mut self) {
-        loop {
-            self.count_released();
-            let unreferenced: Vec<CutId> = self
-                .cuts
-                .iter()
-                .filter(|(_, cut)| {
-                    cut.committed && cut.references == 0 && (cut.released || cut.table.is_some())
-                })
-                .map(|(id, _)| *id)
-                .collect();
-            if unreferenced.is_empty() {
-                return;
-            }
-            for id in unreferenced {
-                if let Some(cut) = self.cuts.remove(&id) {
-                    self.release(cut.base);
-                    if let Some(table) = cut.table {
-                        self.release(table);
-                    }
-                    self.files.insert(id);
-                }
-            }
-        }
-    }
-
-    /// Books what the tables gave up.
-    fn count_released(&mut self) {
-        let released = self.tables.take_released();
-        self.parting.extend(released.frames);
-        for id in released.cuts {
-            let cut = self.cuts.get_mut(&id).expect("a cut lives as long as an entry names it");
-            cut.references -= 1;
-        }
-    }
-
-    /// A cut's files go when no record names their frames and no window maps them.
-    fn close_files(&mut self, sweep: &mut Sweep) {
-        // Pairs with `MemberArea::walk`: what was unlinked before this cannot be reached by a walk
-        // that begins after it.
-        if self.slots.values().any(|slot| self.board.member(*slot).walkers() != 0) {
-            return;
-        }
-        self.tables.reclaim();
-        let mapped = self.mapped_blocks();
-        let ledger = self.tables.ledger();
-        // A record may have come to name again what none named for a while.
-        self.parting.retain(|frames| ledger.references(*frames) == 0);
-        // The words of a cut that is not settled name its frames too.
-        let cuts = &self.cuts;
-        let is_open = |id: CutId| cuts.get(&id).is_some_and(|cut| cut.table.is_none());
-        let unused = |frames: &Frames| !mapped.contains(frames) && !is_open(frames.cut());
-        sweep.freed.extend(self.parting.extract_if(.., |frames| unused(frames)));
-        let unused = |id: &CutId| {
-            ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
-        };
-        sweep.closed.extend(self.files.extract_if(.., |id| unused(id)));
-    }
-
-    /// The blocks that windows map, as their members say.
-    fn mapped_blocks(&self) -> BTreeSet<Frames> {
-        let leaves = self.board.shape().leaves;
-        let mut mapped = BTreeSet::new();
-        for slot in self.slots.values() {
-            let area = self.board.member(*slot);
-            for leaf in (0..leaves).map(LeafNumber) {
-                if let Some(cut) = area.map(leaf) {
-                    mapped.insert(Frames::Block(BlockId { cut, leaf }));
-                }
-            }
-        }
-        mapped
     }
 
     fn set_root(&mut self, vm: VmId, root: Entry) {
