@@ -109,7 +109,10 @@ impl Colony {
             let before = self.world.fired().len();
             match work() {
                 Err(SpaceError::Host(error)) => {
-                    assert!(self.world.fired().len() > before, "the host refused what it should not: {error}");
+                    assert!(
+                        self.world.fired().len() > before,
+                        "the host refused what it should not: {error}"
+                    );
                 }
                 other => return other,
             }
@@ -247,7 +250,12 @@ impl Colony {
 
     /// Forks a VM; `between` happens between reservation and cut. None: it failed, or there is no
     /// room.
-    pub(super) fn fork(&mut self, at: usize, clones: usize, between: impl FnOnce(&mut Self)) -> Option<CutId> {
+    pub(super) fn fork(
+        &mut self,
+        at: usize,
+        clones: usize,
+        between: impl FnOnce(&mut Self),
+    ) -> Option<CutId> {
         let id = self.vms[at].id;
         let fired = self.world.fired().len();
         let cut = match self.family.reserve_cut(id) {
@@ -270,7 +278,11 @@ impl Colony {
             Err(error) => return self.give_up(cut, fired, &error),
         };
         self.family.commit_cut(cut);
-        assert_eq!(figures.copied_pages, wide(self.vms[at].pins.len()), "exactly the pinned pages are copied");
+        assert_eq!(
+            figures.copied_pages,
+            wide(self.vms[at].pins.len()),
+            "exactly the pinned pages are copied"
+        );
         self.take_snapshot(at, cut);
         for _ in 0..clones {
             self.clone_of(cut);
@@ -301,7 +313,8 @@ impl Colony {
     /// One clone more of a cut that is still needed.
     pub(super) fn clone_of(&mut self, cut: CutId) {
         let taken: BTreeSet<u32> = self.vms.iter().chain(&self.images).map(|vm| vm.slot).collect();
-        let Some(slot) = (0..SLOTS).find(|slot| !taken.contains(slot)).filter(|_| self.vms.len() < VMS) else {
+        let Some(slot) = (0..SLOTS).find(|slot| !taken.contains(slot)).filter(|_| self.vms.len() < VMS)
+        else {
             return;
         };
         self.board.open_member(slot).expect("the heap has room");
@@ -444,7 +457,8 @@ impl Colony {
             }
         }
         if self.world.plant == Plant::SweepFreesTooMuch {
-            let block = self.world.files().iter().find_map(|(cut, file)| Some((*cut, *file.blocks.keys().next()?)));
+            let block =
+                self.world.files().iter().find_map(|(cut, file)| Some((*cut, *file.blocks.keys().next()?)));
             if let Some((cut, leaf)) = block {
                 self.world.punch_block(cut, leaf);
             }
@@ -475,7 +489,11 @@ impl Colony {
                 }
             }
             for gfn in vm.pins.keys() {
-                assert_eq!(vm.space.host().device_load(*gfn), vm.memory[index(gfn.0)], "a device reads {gfn}");
+                assert_eq!(
+                    vm.space.host().device_load(*gfn),
+                    vm.memory[index(gfn.0)],
+                    "a device reads {gfn}"
+                );
             }
         }
     }

@@ -399,7 +399,10 @@ impl Host for SimHost {
         self.try_call(Call::Zero, "discarding", leaf)?;
         let forgets = self.world.plant == Plant::DiscardForgets;
         self.with_leaf(leaf, |state| {
-            assert!(backing_is_block == matches!(state.mapping, Mapping::File(_)), "{leaf}: what lies under it");
+            assert!(
+                backing_is_block == matches!(state.mapping, Mapping::File(_)),
+                "{leaf}: what lies under it"
+            );
             assert!(!state.traps_touches, "{leaf}: discarded and trapped");
             for page in state.pages.iter_mut().skip(first.in_leaf()).take(index(pages)) {
                 assert!(!page.mark && !page.is_poisoned, "{leaf}: discarded and trapped");

@@ -225,7 +225,8 @@ fn planted_faults_are_found() {
         Plant::DiscardForgets,
         Plant::PatchAstray,
     ] {
-        let config = Config { cases: 200, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
+        let config =
+            Config { cases: 200, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let result = TestRunner::new_with_rng(config, rng).run(&operations(Failures::None), |operations| {
             catch_unwind(AssertUnwindSafe(|| run(plant, &operations)))
