@@ -108,8 +108,12 @@ fn a_table_is_broken_top_down_and_reused() {
     assert_eq!(play.family.table_counts(), TableCounts { nodes: 4 + path.nodes, records: 4 });
     assert_eq!(play.family.resolve(clone, LEAVES[0]).expect("lives"), block(cut));
 
-    // The other VM is now the one referrer of the path: nothing is copied but the leaf.
+    // The other VM shares its path with nobody but the cut now, which is gone with its table: the
+    // same nodes go on, nothing is copied but the leaf.
+    let nodes = play.family.tables().path(play.family.root(clone).expect("lives"), LEAVES[0])[..3].to_vec();
     play.family.harvest(clone, &[(LEAVES[0], page)]).expect("there is room");
+    let after = play.family.tables().path(play.family.root(clone).expect("lives"), LEAVES[0]);
+    assert_eq!(after[..3], nodes, "reused");
     assert_eq!(play.family.table_counts(), TableCounts { nodes: 7, records: 5 });
     play.family.check().expect("the family adds up");
 

@@ -109,7 +109,9 @@ fn a_change_copies_the_path_and_nothing_else() {
     // Each path has one referrer now: edited in place, by either.
     let mut old = old;
     for root in [&mut old, &mut new] {
+        let nodes = tables.path(*root, BESIDE)[..3].to_vec();
         tables.set_shared(root, BESIDE, (Some(cut(3)), None), &mut |_| ()).expect("there is room");
+        assert_eq!(tables.path(*root, BESIDE)[..3], nodes, "the same nodes");
     }
     assert_eq!(tables.counts().nodes, 7);
     assert_eq!(resolve(&board, old, BESIDE), found(cut(3)));
