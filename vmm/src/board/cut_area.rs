@@ -122,9 +122,15 @@ impl<'a> CutArea<'a> {
         &self.words[start..start + Self::set_words(self.leaves)]
     }
 
+    /// Where the patch record of a leaf lies in an area.
+    pub(super) fn patch_words(leaves: u32, leaf: LeafNumber) -> std::ops::Range<usize> {
+        let start = Self::fixed_words(leaves) + leaf.index() * PATCH_WORDS;
+        start..start + PATCH_WORDS
+    }
+
     fn patch_record(&self, leaf: LeafNumber) -> &'a [AtomicU32] {
-        let start = HEADER_WORDS + 2 * Self::set_words(self.leaves) + self.leaves;
-        &self.words[start + leaf.index() * PATCH_WORDS..][..PATCH_WORDS]
+        let leaves = u32::try_from(self.leaves).expect("an area is made for a u32 of leaves");
+        &self.words[Self::patch_words(leaves, leaf)]
     }
 
     /// The leaf's word itself, for waiting on it.

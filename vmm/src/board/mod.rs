@@ -13,6 +13,8 @@
 
 mod cut_area;
 mod member_area;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::ops::Range;
@@ -20,6 +22,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use serde::{Deserialize, Serialize};
+
+use crate::words::LeafNumber;
 
 pub use self::cut_area::{CutArea, LeafWord, Patches};
 pub use self::member_area::MemberArea;
@@ -161,6 +165,16 @@ impl Board {
         self.memory.punch(range.clone())?;
         // Patch records at the end are reserved when a leaf is published with patches.
         self.memory.reserve(range.start..range.start + CutArea::fixed_words(self.shape.leaves))
+    }
+
+    /// Reserves the memory of the patch record of one leaf of a cut.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn reserve_patches(&self, cut: crate::frames::CutId, leaf: LeafNumber) -> io::Result<()> {
+        let start = self.cut_range(cut).start;
+        let record = CutArea::patch_words(self.shape.leaves, leaf);
+        self.memory.reserve(start + record.start..start + record.end)
     }
 
     /// Gives the memory of a cut's area back.

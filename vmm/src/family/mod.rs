@@ -7,7 +7,7 @@
 //!   `Thunk(cut)` as their root, and the cut's base is what the source's root was. So a clone takes
 //!   one reference, at the root, whatever the size of memory.
 //! - A cut is *needed* as long as anybody but its own source may read through it. Who refers to it
-//!   is counted exactly; what the source's own line refers to is subtracted ([`Family::sweep`]).
+//!   is counted exactly; what the source's own line refers to does not matter ([`Family::sweep`]).
 //! - When none of its leaves is pending, a cut is *settled*: its leaf words become leaf records of a
 //!   table, which shares with its base all that did not change.
 //!
@@ -15,6 +15,8 @@
 
 mod check;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

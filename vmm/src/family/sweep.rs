@@ -1,4 +1,4 @@
-//! The sweep: which cuts can be settled, which nobody needs, what can be let go.
+//! What follows from the changes: which cuts nobody needs, which are settled, what is free.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use super::{Cut, Family, FamilyError, Sweep, VmId, retain_in};
 use crate::board::{CutArea, LeafWord};
 use crate::frames::{BlockId, CutId, Frames};
 use crate::tables::{Entry, LeafRecord, Tables, TablesError};
-use crate::words::LeafNumber;
+use crate::words::{LeafNumber, index};
 
 impl Family {
     /// Settles every cut that can be, and says what follows from all changes.
@@ -61,7 +61,7 @@ impl Family {
                 if cut.unneeded || !cut.committed || cut.table.is_some() {
                     continue;
                 }
-                if cut.references == self.own_references(*id, cut.source) {
+                if !self.is_needed(*id, cut) {
                     self.board.cut(*id).set_unneeded();
                     if let Some(cut) = self.cuts.get_mut(id) {
                         cut.unneeded = true;
@@ -73,30 +73,45 @@ impl Family {
         }
     }
 
-    fn own_references(&self, id: CutId, source: VmId) -> u32 {
-        let mut own = 0;
-        if let Some(vm) = self.vms.get(&source) {
-            own += self.thunk_count(vm.root, id);
+    /// Whether anybody else than the cut's own source comes to it.
+    fn is_needed(&self, id: CutId, cut: &Cut) -> bool {
+        let is_own = |vm: VmId| vm == cut.source;
+        let is_own_cut = |other: &Cut| other.source == cut.source && other.unneeded;
+        let (own, others): (Vec<Entry>, Vec<Entry>) = {
+            let vms = self.vms.iter().map(|(vm, known)| (is_own(*vm), known.root));
+            let cuts = self.cuts.values().flat_map(|other| {
+                let entries = [Some(other.base), other.table];
+                entries.into_iter().flatten().map(move |entry| (is_own_cut(other), entry))
+            });
+            let (own, others): (Vec<_>, Vec<_>) = vms.chain(cuts).partition(|(is_own, _)| *is_own);
+            let entries = |marked: Vec<(bool, Entry)>| marked.into_iter().map(|(_, entry)| entry).collect();
+            (entries(own), entries(others))
+        };
+        if others.contains(&Entry::Thunk(id)) {
+            return true;
         }
-        for cut in self.cuts.values().filter(|cut| cut.source == source && cut.unneeded) {
-            own += self.thunk_count(cut.base, id);
+        // Mostly roots and bases are all that names a cut: then nobody need look into the tables.
+        let direct = own.iter().filter(|entry| **entry == Entry::Thunk(id)).count();
+        if index(u64::from(cut.references)) == direct {
+            return false;
         }
-        own
+        // Not by counts: tables are shared, a slot may be reached from several sides.
+        others.into_iter().any(|entry| self.reaches_thunk(entry, id))
     }
 
-    fn thunk_count(&self, root: Entry, cut: CutId) -> u32 {
-        let mut count = 0;
+    fn reaches_thunk(&self, root: Entry, cut: CutId) -> bool {
+        let mut found = false;
         self.tables.for_each(root, &mut |_, _, entry| {
-            count += match entry {
-                Entry::Thunk(named) if named == cut => 1,
+            found |= match entry {
+                Entry::Thunk(named) => named == cut,
                 Entry::Leaf(record) => match self.tables.leaf_record(record) {
-                    LeafRecord::Private { under: Entry::Thunk(named), .. } if named == cut => 1,
-                    _ => 0,
+                    LeafRecord::Private { under, .. } => under == Entry::Thunk(cut),
+                    LeafRecord::Shared { .. } => false,
                 },
-                _ => 0,
+                _ => false,
             };
         });
-        count
+        found
     }
 
     fn can_settle(&self, id: CutId) -> bool {
@@ -144,7 +159,21 @@ impl Family {
                 self.release(old);
             }
         }
+        self.replace_in_tables(id, table);
         Ok(())
+    }
+
+    /// Puts the entries of a settled cut's table where other tables name the cut, so that the cut
+    /// does not live as long as they do.
+    fn replace_in_tables(&mut self, id: CutId, table: Entry) {
+        self.count_released();
+        if self.cuts.get(&id).is_none_or(|cut| cut.references == 0) {
+            return;
+        }
+        let of_cuts = self.cuts.values().flat_map(|cut| [Some(cut.base), cut.table]).flatten();
+        let roots: Vec<Entry> = self.vms.values().map(|vm| vm.root).chain(of_cuts).collect();
+        self.tables.replace_thunk(&roots, id, table, &mut retain_in(&mut self.cuts));
+        self.count_released();
     }
 
     fn settle_leaf(

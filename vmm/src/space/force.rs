@@ -161,6 +161,8 @@ impl<H: Host> Space<H> {
         let sources: Vec<_> =
             pages.iter().map(|position| (position, cut.source_of(leaf.gfn(position)))).collect();
         let count = u32::try_from(sources.len()).expect("a leaf has 512 pages");
+        let no_memory = |source| super::HostError { action: "reserving a patch record", leaf, source };
+        self.board.reserve_patches(cut.id(), leaf).map_err(no_memory)?;
         let first_frame = cut.take_frames(count);
         if count > 0 {
             self.host.publish_patches(cut.id(), leaf, first_frame, &sources)?;

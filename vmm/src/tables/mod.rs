@@ -23,6 +23,8 @@ mod entry;
 mod record;
 mod resolve;
 mod tree;
+#[cfg(test)]
+mod tests;
 
 pub use self::entry::{Entry, NUMBER_LIMIT};
 pub use self::record::LeafRecord;

@@ -53,9 +53,11 @@ impl LeafRecord {
     #[must_use]
     pub fn load(words: &[AtomicU32]) -> Self {
         let word = |index: usize| words[index].load(Ordering::Relaxed);
+        // UNDER may be replaced while the record stands: this pairs with the store in `store`.
+        let under = || Entry::decode(words[UNDER].load(Ordering::Acquire));
         if word(KIND) == PRIVATE {
             Self::Private {
-                under: Entry::decode(word(UNDER)),
+                under: under(),
                 exclusive: PageSet::from_words(std::array::from_fn(|i| word(EXCLUSIVE + i))),
             }
         } else {
@@ -74,7 +76,7 @@ impl LeafRecord {
             }
             Self::Private { under, exclusive } => {
                 store(KIND, PRIVATE);
-                store(UNDER, under.encode());
+                words[UNDER].store(under.encode(), Ordering::Release);
                 for (index, value) in (EXCLUSIVE..).zip(exclusive.to_words()) {
                     store(index, value);
                 }

@@ -1,5 +1,6 @@
 //! The nodes and leaf records of a colony and their reference counts. Written by the keeper alone.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
@@ -300,6 +301,75 @@ impl Tables {
         }
         self.release(entry);
         Ok(copy)
+    }
+
+    /// Puts the entries of `table` in the place of all thunks of `cut` below `roots`: the cut is
+    /// settled as that table, so that what anybody sees does not change, and shared nodes can be
+    /// edited in place.
+    pub fn replace_thunk(
+        &mut self,
+        roots: &[Entry],
+        cut: CutId,
+        table: Entry,
+        retain_cut: &mut dyn FnMut(CutId),
+    ) {
+        let mut seen = BTreeSet::new();
+        for root in roots {
+            self.replace_below(*root, ROOT_LEVEL, LeafNumber(0), (cut, table), &mut seen, retain_cut);
+        }
+    }
+
+    fn replace_below(
+        &mut self,
+        entry: Entry,
+        level: u32,
+        first: LeafNumber,
+        (cut, table): (CutId, Entry),
+        seen: &mut BTreeSet<u32>,
+        retain_cut: &mut dyn FnMut(CutId),
+    ) {
+        let Entry::Node(node) = entry else { return };
+        if !seen.insert(node) {
+            return;
+        }
+        for (index, step) in (0..NODE_ENTRIES).zip(0u32..) {
+            let first = LeafNumber(first.0 + step * leaves_per_slot(level));
+            match self.load(node, index) {
+                below @ Entry::Node(_) => {
+                    self.replace_below(below, level - 1, first, (cut, table), seen, retain_cut);
+                }
+                Entry::Thunk(named) if named == cut => {
+                    let new = self.entry_at(table, level, first);
+                    let new = self.share_counted(new, retain_cut);
+                    self.store(node, index, new);
+                    self.release(Entry::Thunk(cut));
+                }
+                Entry::Leaf(record) => {
+                    if let LeafRecord::Private { under: Entry::Thunk(named), exclusive } =
+                        self.leaf_record(record)
+                        && named == cut
+                    {
+                        let under = self.entry_at(table, level, first);
+                        let under = self.share_counted(under, retain_cut);
+                        // One word changes; a walk sees the old entry or the new one.
+                        LeafRecord::Private { under, exclusive }.store(self.board.record(record));
+                        self.release(Entry::Thunk(cut));
+                    }
+                }
+                Entry::Thunk(_) | Entry::Empty | Entry::Lost => {}
+            }
+        }
+    }
+
+    /// What stands in the slot of a node of `level` on the way from `root` to `leaf`; an entry
+    /// further up if the tree ends there.
+    fn entry_at(&self, root: Entry, level: u32, leaf: LeafNumber) -> Entry {
+        let mut entry = root;
+        for above in (level..=ROOT_LEVEL).rev() {
+            let Entry::Node(node) = entry else { break };
+            entry = self.load(node, slot(above, leaf));
+        }
+        entry
     }
 
     /// The one place that stores to an entry. References are moved by the callers: the store itself

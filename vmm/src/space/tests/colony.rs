@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::host::{SimHost, Trap};
 use super::world::{Call, CutFile, Plant, World};
@@ -60,6 +61,8 @@ pub(super) struct Colony {
     /// A VM with a reserved cut: it must not end.
     reserved: Option<VmId>,
     next_value: u64,
+    /// Pinned pages that cuts copied.
+    copied_pages: u64,
 }
 
 impl Colony {
@@ -95,6 +98,7 @@ impl Colony {
             shape,
             reserved: None,
             next_value: 1,
+            copied_pages: 0,
         }
     }
 
@@ -283,6 +287,7 @@ impl Colony {
             wide(self.vms[at].pins.len()),
             "exactly the pinned pages are copied"
         );
+        self.copied_pages += figures.copied_pages;
         self.take_snapshot(at, cut);
         for _ in 0..clones {
             self.clone_of(cut);
@@ -496,6 +501,21 @@ impl Colony {
                 );
             }
         }
+    }
+
+    /// Adds up what the spaces that are still there have done.
+    pub(super) fn count_done(&self, done: &mut BTreeMap<&'static str, u64>) {
+        let mut add = |what: &'static str, count: u64| *done.entry(what).or_default() += count;
+        for vm in self.vms.iter().chain(&self.images) {
+            let counters = vm.space.counters();
+            add("resolved", counters.leaves_resolved.load(Ordering::Relaxed));
+            add("stores", counters.store_faults.load(Ordering::Relaxed));
+            add("blocks", counters.blocks_published.load(Ordering::Relaxed));
+            add("patches", counters.patches_published.load(Ordering::Relaxed));
+            add("reused", counters.leaves_reused.load(Ordering::Relaxed));
+            add("dropped", counters.leaves_dropped.load(Ordering::Relaxed));
+        }
+        add("pinned copies", self.copied_pages);
     }
 
     /// Loads every page of a VM through the traps.

@@ -1,9 +1,11 @@
 //! Random operations on a colony, judged by its model; and the same with planted faults, to show
 //! that the judge sees them.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use super::colony::{Colony, LEAVES};
@@ -211,6 +213,25 @@ fn a_refusing_host_harms_nobody_else() {
         Ok(())
     });
     result.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// The operations go where the rules are: none of the counted things stays undone.
+#[test]
+fn the_operations_reach_all_of_it() {
+    let mut done = BTreeMap::new();
+    let mut runner = runner(60);
+    for _ in 0..60 {
+        let operations =
+            operations(Failures::None).new_tree(&mut runner).expect("nothing is filtered").current();
+        let mut colony = Colony::new(Plant::None);
+        for op in &operations {
+            apply(&mut colony, op);
+        }
+        colony.count_done(&mut done);
+    }
+    for what in ["resolved", "stores", "blocks", "patches", "reused", "dropped", "pinned copies"] {
+        assert!(done.get(what).is_some_and(|count| *count > 5), "{what}: {done:?}");
+    }
 }
 
 /// The judge must be able to convict.
