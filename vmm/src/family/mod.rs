@@ -89,6 +89,8 @@ struct Cut {
     released: bool,
     /// The cut has been performed (before that it is only reserved).
     committed: bool,
+    /// Its fork is not over: clones may come yet, and look for its files.
+    held: bool,
 }
 
 /// See the module.
@@ -161,6 +163,7 @@ impl Family {
             unneeded: false,
             released: false,
             committed: false,
+            held: false,
         };
         self.cuts.insert(id, cut);
         Ok(id)
@@ -200,6 +203,22 @@ impl Family {
         if self.vms.contains_key(&source) {
             let thunk = self.share(Entry::Thunk(id));
             self.set_root(source, thunk);
+        }
+    }
+
+    /// Keeps a cut that nobody refers to yet: its clones are being started.
+    pub fn hold_cut(&mut self, cut: CutId) {
+        self.set_held(cut, true);
+    }
+
+    /// The clones of a cut run, or never will.
+    pub fn let_go_of_cut(&mut self, cut: CutId) {
+        self.set_held(cut, false);
+    }
+
+    fn set_held(&mut self, cut: CutId, is_held: bool) {
+        if let Some(cut) = self.cuts.get_mut(&cut) {
+            cut.held = is_held;
         }
     }
 
@@ -342,7 +361,7 @@ impl Family {
             changed = false;
             for id in &ids {
                 let cut = &self.cuts[id];
-                if cut.unneeded || !cut.committed || cut.table.is_some() {
+                if cut.unneeded || cut.held || !cut.committed || cut.table.is_some() {
                     continue;
                 }
                 if cut.references == self.own_references(*id, cut.source) {
@@ -461,7 +480,8 @@ impl Family {
                 .cuts
                 .iter()
                 .filter(|(_, cut)| {
-                    cut.committed && cut.references == 0 && (cut.released || cut.table.is_some())
+                    let is_over = cut.committed && !cut.held && (cut.released || cut.table.is_some());
+                    is_over && cut.references == 0
                 })
                 .map(|(id, _)| *id)
                 .collect();
