@@ -17,7 +17,9 @@ demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
+# The members of the whole-system tests run the salp binary: cargo does not build it for them.
 test: lint ## Check and test everything; what the host cannot do is reported as SKIPPED
+	$(CARGO) build --package salp
 	$(CARGO) test --workspace --no-fail-fast -- --test-threads=$(TEST_THREADS) --show-output
 
 lint: ## Check formatting and clippy's rules
