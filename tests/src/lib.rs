@@ -1,1 +1,41 @@
-//! The harness of salp's whole-system tests.
+//! The harness of salp's whole-system tests: colonies of real member processes, driven order by
+//! order, judged by what each VM then sees.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
+//! | [`row`] | a row of the conformance table, run over points of its axes |
+//! | [`dma`] | the DMA engine, driven by a puppet |
+//! | [`probe`] | what the host says of a member: frame numbers, descriptors, threads |
+//!
+//! Every test runs with both guests, see [`both_guests`]. Whatever is waited for is an event with a
+//! time limit. A world that ends well has been checked, and has left nothing behind.
+
+pub mod dma;
+pub mod probe;
+pub mod row;
+pub mod world;
+
+pub use salp::member::messages::GuestKind;
+
+/// Makes of each function its tests, one for each guest: `name::kvm` and `name::thread`.
+///
+/// A function takes the test's name and the [`GuestKind`].
+#[macro_export]
+macro_rules! both_guests {
+    ($($(#[$attribute:meta])* $name:ident;)*) => {$(
+        mod $name {
+            $(#[$attribute])*
+            #[test]
+            fn kvm() {
+                super::$name(concat!(stringify!($name), "::kvm"), $crate::GuestKind::Kvm);
+            }
+
+            $(#[$attribute])*
+            #[test]
+            fn thread() {
+                super::$name(concat!(stringify!($name), "::thread"), $crate::GuestKind::Thread);
+            }
+        }
+    )*};
+}

@@ -92,6 +92,8 @@ struct Cut {
     released: bool,
     /// The cut has been performed (before that it is only reserved).
     committed: bool,
+    /// Its fork is not over: clones may come yet, and look for its files.
+    held: bool,
 }
 
 /// See the module.
@@ -164,6 +166,7 @@ impl Family {
             unneeded: false,
             released: false,
             committed: false,
+            held: false,
         };
         self.cuts.insert(id, cut);
         Ok(id)
@@ -203,6 +206,22 @@ impl Family {
         if self.vms.contains_key(&source) {
             let thunk = self.share(Entry::Thunk(id));
             self.set_root(source, thunk);
+        }
+    }
+
+    /// Keeps a cut that nobody refers to yet: its clones are being started.
+    pub fn hold_cut(&mut self, cut: CutId) {
+        self.set_held(cut, true);
+    }
+
+    /// The clones of a cut run, or never will.
+    pub fn let_go_of_cut(&mut self, cut: CutId) {
+        self.set_held(cut, false);
+    }
+
+    fn set_held(&mut self, cut: CutId, is_held: bool) {
+        if let Some(cut) = self.cuts.get_mut(&cut) {
+            cut.held = is_held;
         }
     }
 

@@ -58,7 +58,7 @@ impl Family {
             changed = false;
             for id in &ids {
                 let cut = &self.cuts[id];
-                if cut.unneeded || !cut.committed || cut.table.is_some() {
+                if cut.unneeded || cut.held || !cut.committed || cut.table.is_some() {
                     continue;
                 }
                 if !self.is_needed(*id, cut) {
@@ -206,7 +206,8 @@ impl Family {
                 .cuts
                 .iter()
                 .filter(|(_, cut)| {
-                    cut.committed && cut.references == 0 && (cut.released || cut.table.is_some())
+                    let is_over = cut.committed && !cut.held && (cut.released || cut.table.is_some());
+                    is_over && cut.references == 0
                 })
                 .map(|(id, _)| *id)
                 .collect();

@@ -174,9 +174,15 @@ impl Shared {
         {
             let mut inner = self.lock();
             inner.family.commit_cut(cut);
+            // Nobody but the source refers to it before the first clone does, and a clone looks for its
+            // file: a sweep must not come between.
+            inner.family.hold_cut(cut);
             inner.last_cut.insert(source, cut);
         }
-        let clones = self.start_clones(source, cut, &reply, count)?;
+        let clones = self.start_clones(source, cut, &reply, count);
+        self.lock().family.let_go_of_cut(cut);
+        self.post(super::steward::Job::Sweep);
+        let clones = clones?;
         Ok(Forked {
             cut,
             source,

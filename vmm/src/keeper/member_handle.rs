@@ -3,7 +3,7 @@
 //! A reader thread takes what the member says: answers go to whoever asked, events change the
 //! [`MemberState`] that others wait on, and the end of the channel is the end of the process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -33,6 +33,8 @@ pub struct MemberState {
     pub first_exit: Option<u64>,
     /// The end of the pause of each cut, and what the memory was then.
     pub reentered: BTreeMap<CutId, (u64, PageCounts)>,
+    /// The cuts that this VM has published all of. (One that nobody needed before that is not here.)
+    pub finished_cuts: BTreeSet<CutId>,
     /// The guest's run has ended: status and text.
     pub ended: Option<(Option<u32>, String)>,
     /// What has gone wrong.
@@ -269,7 +271,10 @@ impl MemberHandle {
             Event::Reentered { cut, at, pages } => {
                 state.reentered.insert(cut, (at, pages));
             }
-            Event::CutsFinished(_) => post(Job::Sweep),
+            Event::CutsFinished(cuts) => {
+                state.finished_cuts.extend(cuts);
+                post(Job::Sweep);
+            }
             Event::Ended { status, text } => state.ended = Some((status, text)),
             Event::Trouble(text) => {
                 tracing::warn!(vm = %self.vm(), %text, "a member is in trouble");

@@ -219,8 +219,8 @@ fn a_refusing_host_harms_nobody_else() {
 #[test]
 fn the_operations_reach_all_of_it() {
     let mut done = BTreeMap::new();
-    let mut runner = runner(60);
-    for _ in 0..60 {
+    let mut runner = runner(150);
+    for _ in 0..150 {
         let operations =
             operations(Failures::None).new_tree(&mut runner).expect("nothing is filtered").current();
         let mut colony = Colony::new(Plant::None);
