@@ -1,1 +1,3 @@
 //! The harness of salp's whole-system tests.
+
+pub mod procs;
