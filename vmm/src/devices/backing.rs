@@ -116,6 +116,13 @@ struct WireState {
     runs: Vec<Run>,
 }
 
+impl BackingState {
+    /// The extent files that the map names.
+    pub fn extent_files(&self) -> impl Iterator<Item = ExtentFileId> + '_ {
+        self.files.iter().copied().flatten()
+    }
+}
+
 impl From<BackingState> for WireState {
     fn from(state: BackingState) -> Self {
         Self { bytes: state.bytes, base_bytes: state.base_bytes, runs: state.map.runs(), files: state.files }

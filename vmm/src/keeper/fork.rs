@@ -1,11 +1,13 @@
 //! A fork: one cut, any number of clones.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::member_handle::MemberHandle;
+use super::member_handle::{Asked, MemberHandle};
+use super::steward::Job;
 use super::{Colony, ColonyError, Shared, borrow};
 use crate::family::VmId;
 use crate::frames::CutId;
@@ -156,17 +158,25 @@ impl Shared {
     ) -> Result<Forked, ColonyError> {
         let asked_at = monotonic_ns();
         let member = self.member(source)?;
+        let members = self.take_members(count)?;
         let (cut, previous) = {
             let mut inner = self.lock();
-            (inner.family.reserve_cut(source)?, inner.last_cut.get(&source).copied())
+            match inner.family.reserve_cut(source) {
+                Ok(cut) => (cut, inner.last_cut.get(&source).copied()),
+                Err(error) => {
+                    drop(inner);
+                    members.into_iter().for_each(|member| self.give_back(member));
+                    return Err(error.into());
+                }
+            }
         };
-        let reply = self.take_cut(&member, cut, previous, asked_by);
-        let (reply, reserved_at) = match reply {
-            Ok(reply) => reply,
+        let taken = match self.take_cut(&member, cut, previous, asked_by) {
+            Ok(taken) => taken,
             Err(error) => {
                 // The files, if any, go with the next sweep.
                 self.lock().family.abort_cut(cut);
-                self.post(super::steward::Job::Sweep);
+                members.into_iter().for_each(|member| self.give_back(member));
+                self.post(Job::Sweep);
                 return Err(error);
             }
         };
@@ -177,22 +187,39 @@ impl Shared {
             // Nobody but the source refers to it before the first clone does, and a clone looks for its
             // file: a sweep must not come between.
             inner.family.hold_cut(cut);
-            inner.last_cut.insert(source, cut);
+            // Not of a source that is gone by now: nobody would take it out again.
+            if inner.vms.contains_key(&source) {
+                inner.last_cut.insert(source, cut);
+            }
         }
-        let clones = self.start_clones(source, cut, &reply, count);
+        let clones = self.start_clones(source, cut, &taken, members);
         self.lock().family.let_go_of_cut(cut);
-        self.post(super::steward::Job::Sweep);
-        let clones = clones?;
+        self.post(Job::Sweep);
         Ok(Forked {
             cut,
             source,
-            clones,
+            clones: clones?,
             asked_at,
-            reserved_at,
+            reserved_at: taken.reserved_at,
             cut_at,
-            times: reply.times,
-            figures: reply.figures,
+            times: taken.reply.times,
+            figures: taken.reply.figures,
         })
+    }
+
+    /// Members for `count` clones, before anything else is done: all or none.
+    fn take_members(self: &Arc<Self>, count: usize) -> Result<Vec<Arc<MemberHandle>>, ColonyError> {
+        let mut members = Vec::new();
+        for _ in 0..count {
+            match self.take_member() {
+                Ok(member) => members.push(member),
+                Err(error) => {
+                    members.into_iter().for_each(|member| self.give_back(member));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(members)
     }
 
     fn take_cut(
@@ -201,31 +228,42 @@ impl Shared {
         cut: CutId,
         previous: Option<CutId>,
         asked_by: Option<usize>,
-    ) -> Result<(Box<CutReply>, u64), ColonyError> {
+    ) -> Result<Taken, ColonyError> {
         let files = self.make_cut_files(cut)?;
         let reserved_at = monotonic_ns();
-        let answer = member.ask(Order::Cut { cut, previous, asked_by }, &borrow(&files));
+        let order = Order::Cut { cut, previous, asked_by };
+        let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
         self.lock().files.insert(cut, files);
         match answer? {
-            Reply::Cut(reply) => Ok((reply, reserved_at)),
+            (Reply::Cut(reply), extents) => Ok(Taken { reply, extents, reserved_at }),
             _ => {
                 Err(ColonyError::Refused { vm: member.vm(), reason: "it answered something else".to_owned() })
             }
         }
     }
 
+    /// All of them, or none: a clone that started before another failed is killed.
     fn start_clones(
         self: &Arc<Self>,
         source: VmId,
         cut: CutId,
-        reply: &CutReply,
-        count: usize,
+        taken: &Taken,
+        members: Vec<Arc<MemberHandle>>,
     ) -> Result<Vec<Cloned>, ColonyError> {
-        let mut clones = Vec::new();
-        for _ in 0..count {
-            clones.push(self.start_clone(source, cut, reply)?);
+        let mut started: Vec<(Cloned, Arc<MemberHandle>)> = Vec::new();
+        let mut members = members.into_iter();
+        for member in members.by_ref() {
+            match self.start_clone(source, cut, taken, &member) {
+                Ok(clone) => started.push(clone),
+                Err(error) => {
+                    started.iter().for_each(|(_, member)| member.kill());
+                    started.iter().for_each(|(_, member)| member.wait_end());
+                    members.for_each(|member| self.give_back(member));
+                    return Err(error);
+                }
+            }
         }
-        Ok(clones)
+        Ok(started.into_iter().map(|(clone, _)| clone).collect())
     }
 
     /// A clone whose member dies before it runs is taken over by another, once.
@@ -233,11 +271,16 @@ impl Shared {
         self: &Arc<Self>,
         source: VmId,
         cut: CutId,
-        reply: &CutReply,
-    ) -> Result<Cloned, ColonyError> {
-        match self.try_clone(source, cut, reply) {
-            Err(ColonyError::Died(_)) => self.try_clone(source, cut, reply),
-            other => other,
+        taken: &Taken,
+        member: &Arc<MemberHandle>,
+    ) -> Result<(Cloned, Arc<MemberHandle>), ColonyError> {
+        match self.try_clone(source, cut, taken, member) {
+            Ok(clone) => Ok((clone, Arc::clone(member))),
+            Err(ColonyError::Died(_)) => {
+                let other = self.take_member()?;
+                self.try_clone(source, cut, taken, &other).map(|clone| (clone, other))
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -245,25 +288,29 @@ impl Shared {
         self: &Arc<Self>,
         source: VmId,
         cut: CutId,
-        reply: &CutReply,
+        taken: &Taken,
+        member: &Arc<MemberHandle>,
     ) -> Result<Cloned, ColonyError> {
-        let member = self.take_member()?;
-        let vm = {
-            let mut inner = self.lock();
-            let vm = inner.family.clone_vm(cut, member.slot())?;
-            inner.vms.insert(vm, Arc::clone(&member));
-            inner.parents.insert(vm, source);
-            vm
-        };
-        member.name(vm);
-        let order = Order::Become { vm, cut, snapshot: Box::new(reply.snapshot.clone()) };
-        match member.ask(order, &[]) {
-            Ok(Reply::Running { at }) => Ok(Cloned { vm, running_at: at }),
-            Ok(_) => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
-            Err(error) => {
-                member.kill();
-                Err(error)
-            }
+        let result =
+            self.give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot)).and_then(|vm| {
+                let order = Order::Become { vm, cut, snapshot: Box::new(taken.reply.snapshot.clone()) };
+                match member.ask(order, &borrow(&taken.extents))? {
+                    Reply::Running { at } => Ok(Cloned { vm, running_at: at }),
+                    _ => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
+                }
+            });
+        if result.is_err() {
+            member.kill();
+            member.wait_end();
         }
+        result
     }
+}
+
+/// A cut that was performed.
+struct Taken {
+    reply: Box<CutReply>,
+    /// The files of the DMA engine's backing, which clones read.
+    extents: Vec<OwnedFd>,
+    reserved_at: u64,
 }

@@ -4,7 +4,7 @@
 //! [`MemberState`] that others wait on, and the end of the channel is the end of the process.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -45,7 +45,7 @@ pub struct MemberState {
     pub is_gone: bool,
 }
 
-type Answer = Result<Reply, String>;
+type Answer = Result<(Reply, Vec<OwnedFd>), String>;
 
 /// See the module.
 pub struct MemberHandle {
@@ -116,7 +116,7 @@ impl MemberHandle {
         u32::try_from(self.child.pid().as_raw_nonzero().get()).unwrap_or(0)
     }
 
-    /// Gives the member its VM's name, once.
+    /// Gives the member its VM's name, once. Under the keeper's lock, see `Shared::give_role`.
     pub(super) fn name(&self, vm: VmId) {
         let named = self.vm.get_or_init(|| vm);
         debug_assert!(*named == vm, "a member is one vm in its life");
@@ -127,9 +127,14 @@ impl MemberHandle {
         self.vm.get().copied().unwrap_or(VmId(0))
     }
 
+    /// The VM's name, if it is one.
+    pub(super) fn named(&self) -> Option<VmId> {
+        self.vm.get().copied()
+    }
+
     /// Whether the process exists.
     pub fn is_alive(&self) -> bool {
-        !self.is_gone.load(Ordering::Acquire)
+        !self.is_gone.load(Ordering::SeqCst)
     }
 
     /// Asks, and waits for the answer.
@@ -216,7 +221,7 @@ impl MemberHandle {
     fn read(&self, keeper: &Weak<Shared>) {
         loop {
             match self.channel.receive::<Message>() {
-                Ok(Some((message, _))) => self.take(message, keeper),
+                Ok(Some((message, descriptors))) => self.take(message, descriptors, keeper),
                 Ok(None) => break,
                 Err(error) => {
                     tracing::error!(vm = %self.vm(), %error, "a member cannot be understood");
@@ -228,22 +233,24 @@ impl MemberHandle {
         if let Err(error) = self.child.wait() {
             tracing::error!(vm = %self.vm(), %error, "a member cannot be reaped");
         }
-        self.is_gone.store(true, Ordering::Release);
+        self.is_gone.store(true, Ordering::SeqCst);
+        // Here and not by the steward, who may be waiting for one that waits for what is lost now. And
+        // before anybody is told, who could then find the VM still there.
+        if let Some(keeper) = keeper.upgrade() {
+            keeper.book_death(self);
+        }
         // Dropping the senders tells those who wait.
         self.waiting().clear();
         self.state().is_gone = true;
         self.changed.notify_all();
-        if let Some(keeper) = keeper.upgrade() {
-            keeper.post(Job::Gone { vm: self.vm.get().copied(), slot: self.slot });
-        }
     }
 
-    fn take(&self, message: Message, keeper: &Weak<Shared>) {
+    fn take(&self, message: Message, descriptors: Vec<OwnedFd>, keeper: &Weak<Shared>) {
         match message {
             Message::Answer { number, result } => {
                 if let Some(waiting) = self.waiting().remove(&number) {
                     // Whoever asked may have given up.
-                    let _ = waiting.send(result);
+                    let _ = waiting.send(result.map(|reply| (reply, descriptors)));
                 }
             }
             Message::Event(event) => self.note(event, keeper),
@@ -300,9 +307,17 @@ impl Asked<'_> {
     /// # Errors
     /// The member refused, ended, or did not answer in time.
     pub fn wait(self) -> Result<Reply, ColonyError> {
+        self.wait_with_descriptors().map(|(reply, _)| reply)
+    }
+
+    /// As [`wait`](Self::wait), with the descriptors that came with the answer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_with_descriptors(self) -> Result<(Reply, Vec<OwnedFd>), ColonyError> {
         let vm = self.member.vm();
         match self.answer.recv_timeout(ANSWER_LIMIT) {
-            Ok(Ok(reply)) => Ok(reply),
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(reason)) => Err(ColonyError::Refused { vm, reason }),
             Err(RecvTimeoutError::Disconnected) => Err(ColonyError::Died(vm)),
             Err(RecvTimeoutError::Timeout) => {

@@ -265,22 +265,24 @@ impl Colony {
     /// # Errors
     /// No member could be had, or it could not boot.
     pub fn boot(&self, command_line: &str) -> Result<VmId, ColonyError> {
-        let member = self.shared.take_member()?;
-        let vm = self.shared.lock().family.first_vm(member.slot());
-        member.name(vm);
+        let (member, vm) = loop {
+            let member = self.shared.take_member()?;
+            match self.shared.give_role(&member, None, |family, slot| Ok(family.first_vm(slot))) {
+                // It died in the pool.
+                Err(ColonyError::Died(_)) => {}
+                other => break (Arc::clone(&member), other?),
+            }
+        };
         let order = Order::Boot {
             vm,
             command_line: command_line.to_owned(),
             backing_bytes: self.shared.config.backing_bytes,
         };
         match member.ask(order, &[]) {
-            Ok(_) => {
-                self.shared.lock().vms.insert(vm, member);
-                Ok(vm)
-            }
+            Ok(_) => Ok(vm),
             Err(error) => {
-                self.shared.lock().family.end_vm(vm);
                 member.kill();
+                member.wait_end();
                 Err(error)
             }
         }
@@ -419,12 +421,45 @@ impl Shared {
 
     /// A ready member: from the pool, or made now.
     fn take_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
-        let pooled = self.lock().pool.pop_front();
+        let pooled = {
+            let mut inner = self.lock();
+            inner.pool.retain(|member| member.is_alive());
+            inner.pool.pop_front()
+        };
         self.post(Job::FillPool);
-        match pooled {
-            Some(member) if member.is_alive() => Ok(member),
-            Some(_) | None => self.make_member(),
+        pooled.map_or_else(|| self.make_member(), Ok)
+    }
+
+    /// Gives back a member that has got no role.
+    fn give_back(&self, member: Arc<MemberHandle>) {
+        let mut inner = self.lock();
+        if inner.pool.len() + inner.growing < self.config.pool {
+            inner.pool.push_front(member);
+        } else {
+            drop(inner);
+            member.kill();
         }
+    }
+
+    /// Makes a member a VM, as `make` says. Naming it and booking its death exclude each other: a
+    /// death that is booked before this is seen here, any later one sees the name.
+    fn give_role(
+        &self,
+        member: &Arc<MemberHandle>,
+        parent: Option<VmId>,
+        make: impl FnOnce(&mut Family, u32) -> Result<VmId, FamilyError>,
+    ) -> Result<VmId, ColonyError> {
+        let mut inner = self.lock();
+        if !member.is_alive() {
+            return Err(ColonyError::Died(member.vm()));
+        }
+        let vm = make(&mut inner.family, member.slot())?;
+        member.name(vm);
+        inner.vms.insert(vm, Arc::clone(member));
+        if let Some(parent) = parent {
+            inner.parents.insert(vm, parent);
+        }
+        Ok(vm)
     }
 
     fn make_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
@@ -467,7 +502,11 @@ impl Shared {
             let member = self.make_member();
             let mut inner = self.lock();
             inner.growing -= 1;
-            inner.pool.push_back(member?);
+            let member = member?;
+            // Its death may have been booked already.
+            if member.is_alive() {
+                inner.pool.push_back(member);
+            }
             self.changed.notify_all();
         }
     }
@@ -487,7 +526,10 @@ impl Shared {
 
     fn remove_cut_files(&self, cut: CutId) {
         for name in [cut.block_file(), cut.patch_file()] {
-            if let Err(error) = self.arena.remove(&name) {
+            // One that could not be reserved has none.
+            if let Err(error) = self.arena.remove(&name)
+                && !error.is_not_found()
+            {
                 tracing::error!(%cut, %error, "a file of the arena stays");
             }
         }

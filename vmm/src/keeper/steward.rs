@@ -6,10 +6,12 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use rustix::fs::FallocateFlags;
 
-use super::{ColonyError, Shared};
+use super::member_handle::MemberHandle;
+use super::{ColonyError, Inner, Shared};
 use crate::family::{Sweep, VmId};
 use crate::frames::Frames;
 use crate::ipc::futex;
+use crate::member::extents_name;
 use crate::member::messages::Order;
 use crate::words::{LEAF_BYTES, PAGE_BYTES, wide};
 
@@ -26,13 +28,6 @@ pub(super) enum Job {
         /// Which vCPU.
         vcpu: usize,
     },
-    /// A member's process is gone.
-    Gone {
-        /// The VM that it was, if it was one.
-        vm: Option<VmId>,
-        /// Its slot.
-        slot: u32,
-    },
     /// Say when everything before this has been done.
     Echo(Sender<()>),
     /// Go home.
@@ -46,7 +41,6 @@ pub(super) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
             Job::FillPool => shared.fill_pool(),
             Job::Sweep => shared.sweep(),
             Job::ForkAsked { vm, vcpu } => shared.fork_for_guest(vm, vcpu),
-            Job::Gone { vm, slot } => shared.book_death(vm, slot),
             Job::Echo(done) => {
                 let result = shared.sweep();
                 // Whoever asked may have given up.
@@ -66,8 +60,13 @@ impl Shared {
     /// Does all that follows from the family's state, until nothing more does.
     pub(super) fn sweep(self: &Arc<Self>) -> Result<(), ColonyError> {
         loop {
-            let sweep = self.lock().family.sweep()?;
-            self.let_go(&sweep);
+            let sweep = {
+                let mut inner = self.lock();
+                let sweep = inner.family.sweep()?;
+                // Before anybody can reserve a cut that gets a closed one's place on the board.
+                self.let_go(&mut inner, &sweep);
+                sweep
+            };
             let released = self.release_unneeded(&sweep);
             let dismissed = self.dismiss_images();
             if released == 0 && dismissed == 0 {
@@ -77,19 +76,19 @@ impl Shared {
     }
 
     /// Punches what nobody refers to, and removes files.
-    fn let_go(&self, sweep: &Sweep) {
+    fn let_go(&self, inner: &mut Inner, sweep: &Sweep) {
         for frames in &sweep.freed {
-            if let Err(error) = self.punch(*frames) {
+            if let Err(error) = self.punch(inner, *frames) {
                 tracing::error!(?frames, %error, "frames stay in the arena");
             }
         }
         for cut in &sweep.closed {
-            self.lock().files.remove(cut);
+            inner.files.remove(cut);
             self.remove_cut_files(*cut);
         }
     }
 
-    fn punch(&self, frames: Frames) -> Result<(), rustix::io::Errno> {
+    fn punch(&self, inner: &Inner, frames: Frames) -> Result<(), rustix::io::Errno> {
         let (file, offset, len_bytes) = match frames {
             Frames::Block(block) => (0, block.leaf.gpa().0, wide(LEAF_BYTES)),
             Frames::Patches(place) => {
@@ -98,7 +97,6 @@ impl Shared {
                 (1, u64::from(patches.first_frame) * wide(PAGE_BYTES), bytes)
             }
         };
-        let inner = self.lock();
         match inner.files.get(&frames.cut()) {
             Some(files) if len_bytes > 0 => rustix::fs::fallocate(
                 &files[file],
@@ -145,32 +143,37 @@ impl Shared {
                 }
             }
             member.wait_end();
-            if let Err(error) = self.book_death(Some(member.vm()), member.slot()) {
-                tracing::error!(%error, "an end could not be booked");
-            }
         }
         idle.len()
     }
 
-    /// A process is gone: what it had not published is lost to those who wait for it.
-    fn book_death(&self, vm: Option<VmId>, slot: u32) -> Result<(), ColonyError> {
-        let mut inner = self.lock();
-        if let Some(vm) = vm {
-            for (cut, leaf) in inner.family.source_gone(vm) {
-                futex::wake_all(self.board.cut(cut).raw(leaf))?;
+    /// A process is gone, for good and once: what it had not published is lost to those who wait for
+    /// it, and its slot is free. Called by the member's reader; waits for nobody.
+    pub(super) fn book_death(&self, member: &MemberHandle) {
+        {
+            let mut inner = self.lock();
+            if let Some(vm) = member.named() {
+                for (cut, leaf) in inner.family.source_gone(vm) {
+                    if let Err(error) = futex::wake_all(self.board.cut(cut).raw(leaf)) {
+                        tracing::error!(%cut, %leaf, %error, "nobody can be told that a leaf is lost");
+                    }
+                }
+                inner.vms.remove(&vm);
+                inner.images.remove(&vm);
+                inner.last_cut.remove(&vm);
+                inner.parents.remove(&vm);
             }
-            let was_known = inner.vms.remove(&vm).is_some() | inner.images.remove(&vm).is_some();
-            inner.last_cut.remove(&vm);
-            if was_known {
-                inner.free_slots.insert(slot);
-                drop(inner);
-                self.post(Job::Sweep);
-            }
-        } else {
-            inner.pool.retain(|member| member.slot() != slot);
-            inner.free_slots.insert(slot);
+            inner.pool.retain(|other| other.slot() != member.slot());
+            inner.free_slots.insert(member.slot());
         }
-        Ok(())
+        let extents = extents_name(member.process(), member.slot());
+        match self.arena.remove(&extents) {
+            Err(error) if !error.is_not_found() => tracing::error!(%error, "a file of the arena stays"),
+            _ => {}
+        }
+        self.changed.notify_all();
+        self.post(Job::Sweep);
+        self.post(Job::FillPool);
     }
 
     fn fork_for_guest(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<(), ColonyError> {

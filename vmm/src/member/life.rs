@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use salp_protocol::call;
 
 use super::MemberError;
+use super::extents::ArenaExtents;
 use super::machine::{Live, MemberMachine};
 use super::messages::{
     CutReply, CutTimes, Description, Event, GuestKind, Order, PuppetOrder, Reply, Setup, Snapshot,
@@ -20,7 +21,7 @@ use super::thread_guest::ThreadGuest;
 use crate::board::Board;
 use crate::boot::{EntryState, load_builtin};
 use crate::devices::InterruptLine;
-use crate::devices::backing::{Backing, ExtentFileId, ExtentFiles};
+use crate::devices::backing::{Backing, BackingState};
 use crate::devices::bus::Bus;
 use crate::devices::dma::{BackingKind, DmaEngine};
 use crate::devices::exit::ExitPort;
@@ -28,6 +29,7 @@ use crate::devices::gate::{CompletionGate, HeldGate};
 use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
+use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Msi, VcpuThread, Vm, resume_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
@@ -60,31 +62,10 @@ struct Life {
     services: Services,
     thread_guest: Option<ThreadGuest>,
     backing: Arc<Backing>,
+    extents: Arc<ArenaExtents>,
     has_ended: bool,
     // Last: joined after everything that may fault.
     _resolvers: Resolvers,
-}
-
-/// The extent files of this member's backing, by name in the arena.
-struct ArenaExtents(Arc<MemberFiles>);
-
-impl ArenaExtents {
-    fn name(id: ExtentFileId) -> String {
-        format!("extents-{}", id.0)
-    }
-}
-
-impl ExtentFiles for ArenaExtents {
-    fn create(&self) -> io::Result<(ExtentFileId, std::fs::File)> {
-        // Unique in the colony: a slot's member, and no other process, has this process id.
-        let id = ExtentFileId(u64::from(std::process::id()) << 32 | u64::from(self.0.slot));
-        let file = self.0.writer.create_file(&Self::name(id), 0).map_err(io::Error::other)?;
-        Ok((id, file.into()))
-    }
-
-    fn open(&self, id: ExtentFileId) -> io::Result<std::fs::File> {
-        self.0.reader.open_read_only(&Self::name(id)).map(Into::into).map_err(io::Error::other)
-    }
 }
 
 /// Interrupts by MSI, to vCPU 0.
@@ -234,12 +215,12 @@ impl Member {
     ) -> Answer {
         let window = self.window()?;
         let base = descriptors.into_iter().next().map(std::fs::File::from);
-        let extents = Arc::new(ArenaExtents(Arc::clone(&self.files)));
-        let backing = Backing::new(base, backing_bytes, extents)?;
+        let extents = ArenaExtents::new(&self.files, []);
+        let backing = Backing::new(base, backing_bytes, Arc::<ArenaExtents>::clone(&extents))?;
         let space = Space::new(window, self.board.clone(), self.setup.slot, self.setup.memory);
         let space = Arc::new(space);
         let bus = self.bus(&space, &backing, None)?;
-        self.begin(vm, Arc::clone(&space), backing, bus, false)?;
+        self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
         if self.setup.guest == GuestKind::Kvm {
             let entry = load(&space, self.setup.vcpus, command_line)?;
             for vcpu in self.vcpus.iter() {
@@ -258,16 +239,21 @@ impl Member {
     ) -> Answer {
         let window = self.window()?;
         window.become_clone(cut).map_err(MemberError::Window)?;
+        let mut descriptors = descriptors;
+        let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
+            return Err(MemberError::Protocol("a snapshot comes with its extent files"));
+        };
+        let extents = snapshot.extents.iter().copied().zip(descriptors.split_off(bases));
+        let extents = ArenaExtents::new(&self.files, extents);
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
-        let extents = Arc::new(ArenaExtents(Arc::clone(&self.files)));
-        let backing = Backing::restore(state, base, extents)?;
+        let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
         let space = Space::new_clone(window, self.board.clone(), self.setup.slot, self.setup.memory, cut);
         let space = Arc::new(space);
         let bus = self.bus(&space, &backing, Some(snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
-        self.begin(vm, space, backing, bus, true)?;
+        self.begin(vm, space, (backing, extents), bus, true)?;
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
         }
@@ -311,7 +297,7 @@ impl Member {
         &mut self,
         vm: VmId,
         space: Arc<Space<Window>>,
-        backing: Arc<Backing>,
+        (backing, extents): (Arc<Backing>, Arc<ArenaExtents>),
         bus: Bus,
         is_clone: bool,
     ) -> Result<(), MemberError> {
@@ -340,6 +326,7 @@ impl Member {
             services,
             thread_guest: None,
             backing,
+            extents,
             has_ended: false,
             _resolvers: resolvers,
         });
@@ -377,9 +364,9 @@ impl Member {
         space.host().attach_cut(cut, CutFiles { blocks, patches });
         let result = self.take_cut(&space, &backing, cut, previous, asked_by);
         match result {
-            Ok(reply) => {
+            Ok((reply, extents)) => {
                 self.just_cut = Some(cut);
-                Ok((Reply::Cut(Box::new(reply)), Vec::new()))
+                Ok((Reply::Cut(Box::new(reply)), extents))
             }
             Err(error) => {
                 space.host().detach_cut(cut);
@@ -395,7 +382,7 @@ impl Member {
         cut: CutId,
         previous: Option<CutId>,
         asked_by: Option<usize>,
-    ) -> Result<CutReply, MemberError> {
+    ) -> Result<(CutReply, Vec<OwnedFd>), MemberError> {
         let mut times = CutTimes { begun: monotonic_ns(), ..CutTimes::default() };
         let reserved = space.reserve_cut(cut)?;
         times.reserved = monotonic_ns();
@@ -404,19 +391,31 @@ impl Member {
         let held = self.gate.hold();
         times.held = monotonic_ns();
         let result = stopped.map_err(MemberError::from).and_then(|()| {
-            let snapshot = self.save(&held, backing, asked_by)?;
+            let mut snapshot = self.save(&held, backing, asked_by)?;
+            let extents = self.extents_of(&mut snapshot)?;
             times.saved = monotonic_ns();
             let figures = reserved.perform(previous)?;
             times.protected = monotonic_ns();
-            Ok((snapshot, figures))
+            Ok((snapshot, extents, figures))
         });
         // Also after a failure: the VM goes on.
         let resumed = if self.held.is_none() { resume_all(&self.vcpus) } else { Ok(()) };
         times.resumed = monotonic_ns();
         drop(held);
-        let (snapshot, figures) = result?;
+        let (snapshot, extents, figures) = result?;
         resumed?;
-        Ok(CutReply { snapshot, figures, times })
+        Ok((CutReply { snapshot, figures, times }, extents))
+    }
+
+    /// Names the extent files that a snapshot needs, and returns them in that order.
+    fn extents_of(&self, snapshot: &mut Snapshot) -> Result<Vec<OwnedFd>, MemberError> {
+        let extents = &self.life()?.extents;
+        snapshot.extents = snapshot.backing.iter().flat_map(BackingState::extent_files).collect();
+        if snapshot.extents.len() >= DESCRIPTOR_LIMIT {
+            return Err(MemberError::Protocol("the backing is in too many files of its ancestors"));
+        }
+        let files = snapshot.extents.iter().map(|id| extents.get(*id)).collect::<io::Result<_>>();
+        files.map_err(MemberError::Window)
     }
 
     fn save(
@@ -439,6 +438,7 @@ impl Member {
             vm: self.vm.as_ref().map(|vm| vm.save()).transpose()?,
             dma: dma.save(held),
             backing: Some(backing.freeze(held)),
+            extents: Vec::new(),
             serial: live.bus.serial.save(held),
         })
     }

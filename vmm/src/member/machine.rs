@@ -244,11 +244,7 @@ impl Machine for MemberMachine {
 
     fn read_memory(&self, gpa: Gpa, bytes: &mut [u8]) -> bool {
         let Some(live) = self.live.get() else { return false };
-        let is_memory = live.space.shape().contains(gpa, bytes.len());
-        if is_memory {
-            live.space.host().read(gpa, bytes);
-        }
-        is_memory
+        live.space.shape().contains(gpa, bytes.len()) && live.space.host().read(gpa, bytes).is_ok()
     }
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arena_files::ArenaDescription;
 use crate::board::BoardShape;
-use crate::devices::backing::BackingState;
+use crate::devices::backing::{BackingState, ExtentFileId};
 use crate::devices::dma::{DmaCounters, DmaState};
 use crate::devices::serial::SerialState;
 use crate::family::VmId;
@@ -64,6 +64,9 @@ pub struct Snapshot {
     pub dma: DmaState,
     /// The DMA engine's backing; none if it is a pipe.
     pub backing: Option<BackingState>,
+    /// The files that the backing is in: they come with it as descriptors, in this order, after the
+    /// base file if there is one.
+    pub extents: Vec<ExtentFileId>,
     /// The serial port.
     pub serial: SerialState,
 }

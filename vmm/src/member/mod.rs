@@ -10,6 +10,7 @@
 //! | [`shell`] | what is made ahead |
 //! | [`machine`], [`mailbox`] | exits, devices, calls of the guest |
 //! | [`ram`] | memory as the devices see it |
+//! | [`extents`] | the files behind the storage |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
 //! | [`life`] | a VM from its role to its end |
@@ -17,6 +18,7 @@
 //! A member never forks, and a panic in one of its threads does not abort it: others may depend on
 //! its pages.
 
+mod extents;
 pub mod life;
 pub mod machine;
 pub mod mailbox;
@@ -26,9 +28,12 @@ pub mod services;
 pub mod shell;
 pub mod thread_guest;
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd as _, RawFd};
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::Signal;
 use thiserror::Error;
 
 use self::life::Member;
@@ -42,6 +47,12 @@ use crate::space::SpaceError;
 
 /// The descriptor at which a member finds its channel.
 pub const CHANNEL_NUMBER: RawFd = 3;
+/// The name in the arena of the extents that a member's process writes: unique in a colony.
+#[must_use]
+pub fn extents_name(process: u32, slot: u32) -> String {
+    format!("extents-{process}-{slot}")
+}
+
 /// The argument that makes `salp` a member.
 pub const MEMBER_ARGUMENT: &str = "__member";
 
@@ -88,10 +99,13 @@ pub enum MemberError {
 /// # Errors
 /// It could not talk to its keeper.
 pub fn run() -> Result<(), MemberError> {
-    // A terminal's Ctrl-C goes to the whole process group: what follows from it is the keeper's to say.
-    let ignored = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default());
-    ignored.map_err(MemberError::Window)?;
+    // A terminal's Ctrl-C and timeout(1)'s SIGTERM go to the whole process group: what follows from
+    // them is the keeper's to say.
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::default()).map_err(MemberError::Window)?;
+    }
     let keeper = Arc::new(Channel::from_fd(spawn::adopt(CHANNEL_NUMBER)?)?);
+    end_with(&keeper).map_err(MemberError::Window)?;
     let Some((setup, descriptors)) = keeper.receive::<Setup>()? else { return Ok(()) };
     let shell = match Shell::new(setup, descriptors, Arc::clone(&keeper)) {
         Ok(shell) => shell,
@@ -105,7 +119,8 @@ pub fn run() -> Result<(), MemberError> {
     while let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? {
         if matches!(order, Order::Exit) {
             keeper.send(&Message::Answer { number, result: Ok(Reply::Done) }, &[])?;
-            break;
+            // Nothing of this process is needed, and the kernel takes it apart in the right order.
+            std::process::exit(0);
         }
         let (result, files) = match member.obey(order, descriptors) {
             Ok((reply, files)) => (Ok(reply), files),
@@ -116,4 +131,28 @@ pub fn run() -> Result<(), MemberError> {
         member.after();
     }
     Ok(())
+}
+
+/// Ends this process when the keeper's end of the channel closes, whatever the process is at: it may be
+/// waiting for another member, which is gone too, and nobody is left to say so.
+fn end_with(keeper: &Arc<Channel>) -> std::io::Result<()> {
+    let keeper = Arc::clone(keeper);
+    let watch = move || {
+        loop {
+            // No event is asked for: the end is told all the same.
+            let mut ends = [PollFd::from_borrowed_fd(keeper.as_fd(), PollFlags::empty())];
+            match poll(&mut ends, None) {
+                Ok(_) | Err(Errno::INTR) if ends[0].revents().is_empty() => {}
+                Ok(_) => break,
+                Err(error) => {
+                    tracing::error!(%error, "the keeper's end cannot be watched");
+                    return;
+                }
+            }
+        }
+        if let Err(error) = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL) {
+            tracing::error!(%error, "the end after the keeper's failed");
+        }
+    };
+    std::thread::Builder::new().name("keeper watch".to_owned()).spawn(watch).map(|_| ())
 }

@@ -51,6 +51,14 @@ impl SpaceRam {
     }
 }
 
+fn lost(error: SpaceError) -> RamError {
+    let gfn = match error {
+        SpaceError::Lost { gfn } => gfn,
+        _ => Gfn(0),
+    };
+    RamError::Host { gfn, reason: error.to_string() }
+}
+
 fn pages_of(gpa: Gpa, len_bytes: usize) -> (Gfn, u64) {
     let last = Gpa(gpa.0 + wide(len_bytes.max(1)) - 1).gfn();
     (gpa.gfn(), last.0 - gpa.gfn().0 + 1)
@@ -74,19 +82,19 @@ impl GuestRam for SpaceRam {
 
     fn read(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), RamError> {
         self.check(gpa, into.len())?;
-        self.0.host().read(gpa, into);
-        Ok(())
+        self.0.host().read(gpa, into).map_err(lost)
     }
 
     fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), RamError> {
         self.check(gpa, from.len())?;
-        self.0.host().write(gpa, from);
-        Ok(())
+        self.0.host().write(gpa, from).map_err(lost)
     }
 
     fn store_u32(&self, gpa: Gpa, value: u32) -> Result<(), RamError> {
         self.check(gpa, 4)?;
         let misaligned = || RamError::Host { gfn: gpa.gfn(), reason: format!("{gpa} is no multiple of 4") };
+        // A lost page must not be found by the store: it has no way to fail.
+        self.0.host().read(gpa, &mut [0; 4]).map_err(lost)?;
         // Pairs with the guest's load of the status: what was written before is visible then.
         self.0.host().word(gpa).ok_or_else(misaligned)?.store(value, Ordering::Release);
         Ok(())

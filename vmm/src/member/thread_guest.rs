@@ -13,6 +13,7 @@ use salp_protocol::{call, order};
 use super::machine::{Live, MemberMachine};
 use super::mailbox::Mailbox;
 use super::messages::{Event, PuppetOrder};
+use crate::space::SpaceError;
 use crate::words::{Gpa, PAGE_BYTES, index};
 
 /// The thread; stopped and joined when dropped.
@@ -58,7 +59,13 @@ fn run(machine: &MemberMachine, stop: &AtomicBool) {
             return;
         }
         if let Some(order) = mailbox.take_order() {
-            let result = guest.obey(&order);
+            let result = match guest.obey(&order) {
+                Ok(result) => result,
+                Err(error) => {
+                    machine.tell(Event::Ended { status: None, text: error.to_string() });
+                    return;
+                }
+            };
             if mailbox.take_working() {
                 machine.tell(Event::Puppet { vcpu: 0, result });
             }
@@ -74,6 +81,9 @@ fn run(machine: &MemberMachine, stop: &AtomicBool) {
     }
 }
 
+/// An order's result; an error: memory is lost, and the guest's run ends.
+type Done = Result<u64, SpaceError>;
+
 struct Guest<'a> {
     machine: &'a MemberMachine,
     live: &'a Live,
@@ -81,20 +91,22 @@ struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    fn obey(&self, PuppetOrder { order, a, b, c, d }: &PuppetOrder) -> u64 {
+    fn obey(&self, PuppetOrder { order, a, b, c, d }: &PuppetOrder) -> Done {
         let (a, b, c, d) = (*a, *b, *c, *d);
         match *order {
-            order::NOTHING => 0,
+            order::NOTHING => Ok(0),
             order::STORE64 => self.store(a, &b.to_le_bytes()),
             order::LOAD64 => self.load(a),
             order::STORE8 => self.store(a, &b.to_le_bytes()[..1]),
-            order::STORE_STRIDE => (0..c).fold(0, |_, page| self.store(a + page * d, &b.to_le_bytes())),
-            order::SUM_STRIDE => (0..c).fold(0, |sum: u64, page| sum.wrapping_add(self.load(a + page * d))),
+            order::STORE_STRIDE => (0..c).try_fold(0, |_, page| self.store(a + page * d, &b.to_le_bytes())),
+            order::SUM_STRIDE => {
+                (0..c).try_fold(0_u64, |sum, page| Ok(sum.wrapping_add(self.load(a + page * d)?)))
+            }
             order::ATOMIC_ADD => {
                 // One thread is the whole guest: nobody stores between the two.
-                let old = self.load(a);
-                self.store(a, &old.wrapping_add(b).to_le_bytes());
-                old
+                let old = self.load(a)?;
+                self.store(a, &old.wrapping_add(b).to_le_bytes())?;
+                Ok(old)
             }
             order::FILL => self.fill(a, b.to_le_bytes()[0], c),
             order::DMA_WRITE => self.with_dma(|dma| {
@@ -107,7 +119,7 @@ impl Guest<'_> {
                 u64::from_le_bytes(value)
             }),
             order::COUNT => self.count(a, b, c),
-            _ => call::FAILED,
+            _ => Ok(call::FAILED),
         }
     }
 
@@ -115,52 +127,52 @@ impl Guest<'_> {
         self.live.space.shape().contains(gpa, len_bytes)
     }
 
-    fn store(&self, address: u64, bytes: &[u8]) -> u64 {
+    fn store(&self, address: u64, bytes: &[u8]) -> Done {
         if !self.is_memory(Gpa(address), bytes.len()) {
-            return call::FAILED;
+            return Ok(call::FAILED);
         }
-        self.live.space.host().write(Gpa(address), bytes);
-        0
+        self.live.space.host().write(Gpa(address), bytes)?;
+        Ok(0)
     }
 
-    fn load(&self, address: u64) -> u64 {
+    fn load(&self, address: u64) -> Done {
         let mut bytes = [0; 8];
         if !self.is_memory(Gpa(address), bytes.len()) {
-            return call::FAILED;
+            return Ok(call::FAILED);
         }
-        self.live.space.host().read(Gpa(address), &mut bytes);
-        u64::from_le_bytes(bytes)
+        self.live.space.host().read(Gpa(address), &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
     }
 
-    fn fill(&self, address: u64, byte: u8, len_bytes: u64) -> u64 {
+    fn fill(&self, address: u64, byte: u8, len_bytes: u64) -> Done {
         let chunk = [byte; PAGE_BYTES];
         let mut done = 0;
         while done < len_bytes {
             let count = index((len_bytes - done).min(crate::words::wide(PAGE_BYTES)));
-            if self.store(address + done, &chunk[..count]) != 0 {
-                return call::FAILED;
+            if self.store(address + done, &chunk[..count])? != 0 {
+                return Ok(call::FAILED);
             }
             done += crate::words::wide(count);
         }
-        0
+        Ok(0)
     }
 
-    fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> u64 {
-        self.live.bus.dma.as_ref().map_or(call::FAILED, work)
+    fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> Done {
+        Ok(self.live.bus.dma.as_ref().map_or(call::FAILED, work))
     }
 
-    fn count(&self, first: u64, second: u64, rounds: u64) -> u64 {
+    fn count(&self, first: u64, second: u64, rounds: u64) -> Done {
         let mut k = 0;
         loop {
             for _ in 0..rounds {
                 k += 1;
-                self.store(first, &u64::to_le_bytes(k));
-                self.store(second, &u64::to_le_bytes(k));
+                self.store(first, &u64::to_le_bytes(k))?;
+                self.store(second, &u64::to_le_bytes(k))?;
             }
             let report = crate::kvm::CallRegisters { rdi: k, ..Default::default() };
             let answer = self.machine.report(0, &report, false);
             if answer != 0 || self.stop.load(Ordering::SeqCst) {
-                return k;
+                return Ok(k);
             }
         }
     }

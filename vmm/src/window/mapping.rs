@@ -158,6 +158,20 @@ impl Reservation {
         unsafe { std::ptr::copy(self.address(offset).as_ptr(), into.as_mut_ptr(), into.len()) }
     }
 
+    /// Copies out of the window, up to a page that is lost; returns how many bytes are left.
+    pub(super) fn read_guarded(&self, offset: usize, into: &mut [u8]) -> usize {
+        assert!(offset + into.len() <= self.len_bytes, "a read beyond the window");
+        // SAFETY: as for `read`; the slice is no part of the window.
+        unsafe { super::guarded::copy(into.as_mut_ptr(), self.address(offset).as_ptr(), into.len()) }
+    }
+
+    /// Copies into the window, up to a page that is lost; returns how many bytes are left.
+    pub(super) fn write_guarded(&self, offset: usize, from: &[u8]) -> usize {
+        assert!(offset + from.len() <= self.len_bytes, "a write beyond the window");
+        // SAFETY: as for `read_guarded`, in the other direction.
+        unsafe { super::guarded::copy(self.address(offset).as_ptr(), from.as_ptr(), from.len()) }
+    }
+
     /// Copies into the window.
     pub(super) fn write(&self, offset: usize, from: &[u8]) {
         assert!(offset + from.len() <= self.len_bytes, "a write beyond the window");

@@ -18,6 +18,7 @@
 //!   store by themselves, devices' too, must be held while a cut is performed; DMA into pinned pages
 //!   need not be.
 
+mod guarded;
 mod mapping;
 mod pagemap;
 mod publish;
@@ -39,7 +40,7 @@ use self::mapping::Reservation;
 use crate::arena_files::{ArenaDir, ArenaReader};
 use crate::frames::CutId;
 use crate::ipc::futex;
-use crate::space::{Host, HostError, PageSource, PageStates, Patch, Traps};
+use crate::space::{Host, HostError, PageSource, PageStates, Patch, SpaceError, Traps};
 use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, index, wide};
 
 /// Where files of the arena are found.
@@ -89,6 +90,7 @@ impl Window {
     /// # Errors
     /// The host has no userfaultfd for kernel faults, no PAGEMAP_SCAN, or no room.
     pub fn new(shape: MemoryShape, is_huge: bool, files: Arc<dyn FrameFiles>) -> io::Result<Self> {
+        guarded::install()?;
         let window = Self {
             memory: Reservation::new(shape.span_bytes())?,
             shape,
@@ -155,16 +157,31 @@ impl Window {
 
     /// Copies guest memory out, a range that the caller has checked to be RAM. May wait for a fault
     /// to be resolved.
-    pub fn read(&self, gpa: Gpa, into: &mut [u8]) {
+    ///
+    /// # Errors
+    /// [`SpaceError::Lost`]; what came before the lost page has been copied.
+    pub fn read(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), SpaceError> {
         debug_assert!(self.shape.contains(gpa, into.len()));
-        self.memory.read(index(gpa.0), into);
+        let left = self.memory.read_guarded(index(gpa.0), into);
+        Self::all_copied(gpa, into.len(), left)
     }
 
     /// Copies into guest memory, a range that the caller has checked to be RAM. May wait for a fault
     /// to be resolved.
-    pub fn write(&self, gpa: Gpa, from: &[u8]) {
+    ///
+    /// # Errors
+    /// [`SpaceError::Lost`]; what came before the lost page has been copied.
+    pub fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), SpaceError> {
         debug_assert!(self.shape.contains(gpa, from.len()));
-        self.memory.write(index(gpa.0), from);
+        let left = self.memory.write_guarded(index(gpa.0), from);
+        Self::all_copied(gpa, from.len(), left)
+    }
+
+    fn all_copied(gpa: Gpa, len_bytes: usize, left_bytes: usize) -> Result<(), SpaceError> {
+        match left_bytes {
+            0 => Ok(()),
+            left => Err(SpaceError::Lost { gfn: Gpa(gpa.0 + wide(len_bytes - left)).gfn() }),
+        }
     }
 
     /// An aligned 32-bit word of guest memory, for atomic access, in a range that the caller has

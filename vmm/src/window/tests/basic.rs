@@ -71,11 +71,11 @@ fn a5_odd_stores_change_only_their_bytes() {
         let stores: [(u64, usize); 5] = [(0, 1), (2047, 1), (4095, 1), (page - 4, 8), (page + 9, 2 * 4096)];
         let len_bytes = 4 * PAGE_BYTES;
         let mut expected = vec![0; len_bytes];
-        row.parent.window().read(Gpa(start), &mut expected);
+        row.parent.window().read(Gpa(start), &mut expected).expect("nothing is lost");
         let before = expected.clone();
         for (number, (offset, count)) in (1u8..).zip(stores) {
             let bytes = vec![number; count];
-            row.parent.window().write(Gpa(start + offset), &bytes);
+            row.parent.window().write(Gpa(start + offset), &bytes).expect("nothing is lost");
             expected[crate::words::index(offset)..][..count].copy_from_slice(&bytes);
         }
         let word = row.parent.window().word(Gpa(start + 8)).expect("aligned");
@@ -83,9 +83,9 @@ fn a5_odd_stores_change_only_their_bytes() {
         let sum = u32::from_ne_bytes(expected[8..12].try_into().expect("4 bytes")) + 1;
         expected[8..12].copy_from_slice(&sum.to_ne_bytes());
         let mut found = vec![0; len_bytes];
-        row.parent.window().read(Gpa(start), &mut found);
+        row.parent.window().read(Gpa(start), &mut found).expect("nothing is lost");
         assert!(found == expected, "the source: {}", row.point);
-        child.window().read(Gpa(start), &mut found);
+        child.window().read(Gpa(start), &mut found).expect("nothing is lost");
         assert!(found == before, "the clone: {}", row.point);
     });
 }

@@ -95,7 +95,7 @@ impl Vm {
     /// Writes a page all of whose words are `value`.
     pub(super) fn set(&self, gfn: Gfn, value: u64) {
         let page: Vec<u8> = std::iter::repeat_n(value.to_ne_bytes(), PAGE_WORDS).flatten().collect();
-        self.window().write(gfn.gpa(), &page);
+        self.window().write(gfn.gpa(), &page).expect("nothing is lost");
     }
 
     /// Reads a page all of whose words must be the same.
@@ -109,7 +109,7 @@ impl Vm {
 
     pub(super) fn page(&self, gfn: Gfn) -> [u8; PAGE_BYTES] {
         let mut page = [0; PAGE_BYTES];
-        self.window().read(gfn.gpa(), &mut page);
+        self.window().read(gfn.gpa(), &mut page).expect("nothing is lost");
         page
     }
 
@@ -120,13 +120,13 @@ impl Vm {
 
     /// Stores one word at the start of a page.
     pub(super) fn store(&self, gpa: Gpa, value: u64) {
-        self.window().write(gpa, &value.to_ne_bytes());
+        self.window().write(gpa, &value.to_ne_bytes()).expect("nothing is lost");
     }
 
     /// Loads one word.
     pub(super) fn load(&self, gpa: Gpa) -> u64 {
         let mut bytes = [0; 8];
-        self.window().read(gpa, &mut bytes);
+        self.window().read(gpa, &mut bytes).expect("nothing is lost");
         u64::from_ne_bytes(bytes)
     }
 

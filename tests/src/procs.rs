@@ -1,0 +1,163 @@
+//! What a process holds of its host: descriptors, threads, mappings, children. And the salp binary,
+//! and processes found by a mark in their environment.
+//!
+//! All is read from `/proc`. A count taken while threads come and go is a moment's: [`settled`]
+//! looks again until it is what it should be.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The salp binary of the build that this test belongs to.
+///
+/// # Panics
+/// There is none: only the tests were built.
+#[must_use]
+pub fn salp_binary() -> PathBuf {
+    let test = std::env::current_exe().expect("a running program has a path");
+    let directory = test.parent().and_then(Path::parent).expect("a test lies two levels below its build");
+    let salp = directory.join("salp");
+    assert!(salp.is_file(), "{} is missing: run `make test`, which builds it first", salp.display());
+    salp
+}
+
+/// What this process holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Open descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Mappings of files and of shared memory.
+    pub mappings: usize,
+    /// Other mappings. The C library keeps stacks of threads that have ended, and arenas for those
+    /// that allocated: some dozens, however many threads come and go.
+    pub anonymous: usize,
+    /// Its children.
+    pub children: usize,
+    /// Children that have ended and were not reaped.
+    pub zombies: usize,
+}
+
+impl Usage {
+    /// This process's usage now.
+    #[must_use]
+    pub fn now() -> Self {
+        let children = children();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        // The fifth field is the inode: proc(5).
+        let is_file = |line: &&str| line.split_whitespace().nth(4).is_some_and(|inode| inode != "0");
+        let mappings = maps.lines().filter(is_file).count();
+        Self {
+            descriptors: entries("/proc/self/fd").len().saturating_sub(1),
+            threads: entries("/proc/self/task").len(),
+            mappings,
+            anonymous: maps.lines().count() - mappings,
+            zombies: children.iter().filter(|pid| state(**pid) == Some('Z')).count(),
+            children: children.len(),
+        }
+    }
+
+    /// Whether this is not more than `base`, but for what the C library keeps.
+    #[must_use]
+    pub fn is_within(&self, base: &Self) -> bool {
+        self.descriptors <= base.descriptors
+            && self.threads <= base.threads
+            && self.mappings <= base.mappings
+            && self.anonymous <= base.anonymous + ANONYMOUS_SLACK
+            && self.children <= base.children
+            && self.zombies == 0
+    }
+}
+
+/// Twenty stacks of 2 MiB with their guards (the C library keeps 40 MiB), and eight arenas a core.
+const ANONYMOUS_SLACK: usize = 2 * 20 + 2 * 8 * 8;
+
+/// Asks `now` until `is` holds of it, at most `limit`; returns the last answer.
+pub fn settled<T>(limit: Duration, mut now: impl FnMut() -> T, is: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        let found = now();
+        if is(&found) || Instant::now() >= deadline {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The names in a directory of `/proc`.
+#[must_use]
+pub fn entries(path: &str) -> Vec<String> {
+    let Ok(directory) = fs::read_dir(path) else { return Vec::new() };
+    directory.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// The processes that any thread of this one started and that exist still, zombies included.
+#[must_use]
+pub fn children() -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    for task in entries("/proc/self/task") {
+        let text = fs::read_to_string(format!("/proc/self/task/{task}/children")).unwrap_or_default();
+        found.extend(text.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    found
+}
+
+/// The state letter of a process (proc(5)); none: it is gone.
+#[must_use]
+pub fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.trim_start().chars().next()
+}
+
+/// The processes whose environment has the variable `name` with this value. A zombie has none any
+/// more.
+#[must_use]
+pub fn marked(name: &str, value: &str) -> BTreeSet<u32> {
+    let wanted = format!("{name}={value}");
+    let is_marked = |pid: &u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|one| one == wanted.as_bytes())
+    };
+    entries("/proc").iter().filter_map(|name| name.parse().ok()).filter(is_marked).collect()
+}
+
+/// Numbers that a seed decides (splitmix64).
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// From the environment variable `SALP_SEED`, else from the clock. Prints it.
+    #[must_use]
+    pub fn from_environment(test: &str) -> Self {
+        let given = std::env::var("SALP_SEED").ok().and_then(|text| text.parse().ok());
+        let clock = || {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(1, |since| since.as_secs() ^ u64::from(since.subsec_nanos()) << 20)
+        };
+        let seed = given.unwrap_or_else(clock);
+        println!("{test}: SALP_SEED={seed} repeats this run's choices");
+        Self(seed)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A number below `limit`, which is not 0.
+    pub fn below(&mut self, limit: usize) -> usize {
+        let limit = u64::try_from(limit).expect("an index fits 64 bits");
+        usize::try_from(self.next() % limit).expect("it is below an index")
+    }
+
+    /// Whether a thing happens that happens in `percent` of 100 cases.
+    pub fn is_in(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
