@@ -5,7 +5,7 @@
 //! | doorbell | anybody adds 1, then wakes | somebody set a request bit in a cut of this member |
 //! | walks | member | odd while one of its threads walks the tables ([`MemberArea::walk`]) |
 //! | base | keeper | [`crate::tables::Entry`] of the VM's shared memory |
-//! | maps, one word a leaf | member | the cut whose block the window leaf maps, 0 = none |
+//! | maps, one word a leaf | member | [`LeafMap`]: what the window leaf maps |
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -65,15 +65,44 @@ impl<'a> MemberArea<'a> {
         self.words[BASE].store(base, Ordering::SeqCst);
     }
 
-    /// The cut whose block the window maps at `leaf`.
+    /// What the window maps at `leaf`.
     #[must_use]
-    pub fn map(&self, leaf: LeafNumber) -> Option<CutId> {
-        CutId::new(self.words[HEADER_WORDS + leaf.index()].load(Ordering::Acquire))
+    pub fn map(&self, leaf: LeafNumber) -> LeafMap {
+        LeafMap::decode(self.words[HEADER_WORDS + leaf.index()].load(Ordering::Acquire))
     }
 
-    /// Member: says whose block the window maps at `leaf`: before it is mapped, and after it is
-    /// not any more.
-    pub fn set_map(&self, leaf: LeafNumber, block: Option<CutId>) {
-        self.words[HEADER_WORDS + leaf.index()].store(block.map_or(0, CutId::get), Ordering::Release);
+    /// Member: says what the window maps at `leaf`. A block is named before it is mapped, and until
+    /// after it is not any more.
+    pub fn set_map(&self, leaf: LeafNumber, map: LeafMap) {
+        self.words[HEADER_WORDS + leaf.index()].store(map.encode(), Ordering::Release);
+    }
+}
+
+/// What a member says of a leaf of its window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeafMap {
+    /// Nothing: it traps, or is just changing. Its VM may need whatever its table names there.
+    Unknown,
+    /// Anonymous memory: the VM needs nothing of what its table names there.
+    Own,
+    /// The block of that cut.
+    Block(CutId),
+}
+
+impl LeafMap {
+    const fn encode(self) -> u32 {
+        match self {
+            Self::Unknown => 0,
+            Self::Own => 1,
+            Self::Block(cut) => cut.get() << 1,
+        }
+    }
+
+    const fn decode(word: u32) -> Self {
+        match CutId::new(word >> 1) {
+            Some(cut) => Self::Block(cut),
+            None if word == 1 => Self::Own,
+            None => Self::Unknown,
+        }
     }
 }

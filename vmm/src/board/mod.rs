@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::words::LeafNumber;
 
 pub use self::cut_area::{CutArea, LeafWord, Patches};
-pub use self::member_area::MemberArea;
+pub use self::member_area::{LeafMap, MemberArea};
 
 /// Entries of a table node.
 pub const NODE_ENTRIES: usize = 512;

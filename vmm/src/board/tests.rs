@@ -158,15 +158,20 @@ fn a_member_area_keeps_its_words_apart() {
     let area = board.member(1);
     area.set_base(9);
     area.ring();
-    area.set_map(LeafNumber(0), Some(cut(4)));
-    area.set_map(LeafNumber(69), Some(cut(5)));
-    assert_eq!((area.map(LeafNumber(0)), area.map(LeafNumber(69))), (Some(cut(4)), Some(cut(5))));
-    assert_eq!(area.map(LeafNumber(1)), None);
+    area.set_map(LeafNumber(0), LeafMap::Block(cut(4)));
+    area.set_map(LeafNumber(69), LeafMap::Block(cut(5)));
+    assert_eq!(
+        (area.map(LeafNumber(0)), area.map(LeafNumber(69))),
+        (LeafMap::Block(cut(4)), LeafMap::Block(cut(5)))
+    );
+    assert_eq!(area.map(LeafNumber(1)), LeafMap::Unknown);
+    area.set_map(LeafNumber(1), LeafMap::Own);
+    assert_eq!(area.map(LeafNumber(1)), LeafMap::Own);
     assert_eq!(area.doorbell().load(Ordering::Relaxed), 1);
     let inside = area.walk(|base| (base, area.walkers()));
     assert_eq!((inside, area.walkers()), ((9, 1), 0));
     board.open_member(1).expect("the heap has room");
-    assert_eq!((area.map(LeafNumber(0)), area.doorbell().load(Ordering::Relaxed)), (None, 0));
+    assert_eq!((area.map(LeafNumber(0)), area.doorbell().load(Ordering::Relaxed)), (LeafMap::Unknown, 0));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Cut, Family, FamilyError, Sweep, VmId, retain_in};
-use crate::board::{CutArea, LeafWord};
+use crate::board::{CutArea, LeafMap, LeafWord};
 use crate::frames::{BlockId, CutId, Frames};
 use crate::tables::{Entry, LeafRecord, Tables, TablesError};
 use crate::words::{LeafNumber, index};
@@ -29,6 +29,7 @@ impl Family {
                 }
             }
             self.drop_unreferenced();
+            self.trim_owned();
             if failed.is_some()
                 || (settleable.is_empty() && before == (self.cuts.len(), sweep.unneeded.len()))
             {
@@ -199,6 +200,32 @@ impl Family {
         }
     }
 
+    /// Takes out of the tables what only a VM reaches that has those pages itself: a source whose
+    /// clones are gone needs no frame of what it had published for them.
+    fn trim_owned(&mut self) {
+        let board = self.board.clone();
+        let roots: Vec<(VmId, Entry, u32)> =
+            self.vms.iter().map(|(vm, known)| (*vm, known.root, known.slot)).collect();
+        for (vm, mut root, slot) in roots {
+            let mut owned = Vec::new();
+            self.tables.for_each_own(root, &mut |leaf, entry| {
+                if let Entry::Leaf(record) = entry
+                    && matches!(self.tables.leaf_record(record), LeafRecord::Shared { .. })
+                    && board.member(slot).map(leaf) == LeafMap::Own
+                {
+                    owned.push(leaf);
+                }
+            });
+            for leaf in owned {
+                // The path has one referrer, so that nothing is copied and nothing can fail.
+                let set =
+                    self.tables.set_entry(&mut root, leaf, Entry::Empty, &mut retain_in(&mut self.cuts));
+                debug_assert!(set.is_ok() && self.vms.get(&vm).is_some_and(|known| known.root == root));
+            }
+        }
+        self.count_released();
+    }
+
     fn drop_unreferenced(&mut self) {
         loop {
             self.count_released();
@@ -266,7 +293,7 @@ impl Family {
         for slot in self.slots.values() {
             let area = self.board.member(*slot);
             for leaf in (0..leaves).map(LeafNumber) {
-                if let Some(cut) = area.map(leaf) {
+                if let LeafMap::Block(cut) = area.map(leaf) {
                     mapped.insert(Frames::Block(BlockId { cut, leaf }));
                 }
             }

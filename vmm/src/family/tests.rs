@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::board::{BoardShape, HeapWords, Patches};
+use crate::board::{BoardShape, HeapWords, LeafMap, Patches};
 use crate::tables::ROOT_LEVEL;
 
 /// Leaves that the VMs of these tests write: three, in two directories.
@@ -316,7 +316,7 @@ fn a_mapped_block_is_not_freed() {
     let (mut play, first) = Play::new();
     let (cut, clone) = play.fork(first, 1, &LEAVES[..1]);
     play.publish(cut, &LEAVES[..1]);
-    play.board.member(0).set_map(LEAVES[0], Some(cut));
+    play.board.member(0).set_map(LEAVES[0], LeafMap::Block(cut));
     play.end(clone);
     play.sweep();
     // The source writes all of the leaf again, and a later cut says so.
@@ -325,7 +325,7 @@ fn a_mapped_block_is_not_freed() {
     play.end(clone);
     let sweep = play.sweep();
     assert!(!sweep.freed.iter().any(|frames| frames.cut() == cut), "the source maps it");
-    play.board.member(0).set_map(LEAVES[0], Some(next));
+    play.board.member(0).set_map(LEAVES[0], LeafMap::Block(next));
     assert_eq!(play.sweep().freed, [Frames::Block(crate::frames::BlockId { cut, leaf: LEAVES[0] })]);
 }
 
@@ -375,4 +375,21 @@ fn cuts_run_out_and_come_back() {
     let next = play.family.reserve_cut(first).expect("one place is free");
     assert_eq!(next.get() % 32, cuts[5].get() % 32);
     assert!(!cuts.contains(&next), "numbers are not used again");
+}
+
+#[test]
+fn what_a_source_has_itself_goes_with_the_last_clone() {
+    let (mut play, first) = Play::new();
+    let (cut, clone) = play.fork(first, 1, &LEAVES[..2]);
+    play.publish(cut, &LEAVES[..2]);
+    // The source has kept its own pages of the first leaf; the second it is just dropping.
+    play.board.member(0).set_map(LEAVES[0], LeafMap::Own);
+    assert_eq!(play.sweep().freed, [], "the clone needs both");
+    play.end(clone);
+    let first_block = Frames::Block(crate::frames::BlockId { cut, leaf: LEAVES[0] });
+    assert_eq!(play.sweep().freed, [first_block]);
+    assert_eq!(play.family.resolve(first, LEAVES[1]).expect("it lives"), block(cut));
+    play.board.member(0).set_map(LEAVES[1], LeafMap::Own);
+    let sweep = play.sweep();
+    assert_eq!((sweep.freed.len(), sweep.closed), (1, vec![cut]));
 }

@@ -1,6 +1,7 @@
 //! Discard: pages become zero, for this VM only.
 
 use super::{Backing, Host, Space, SpaceError, Traps};
+use crate::board::LeafMap;
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
 use std::sync::atomic::Ordering;
 
@@ -53,7 +54,7 @@ impl<H: Host> Space<H> {
                 self.host.map_anonymous(leaf)?;
                 self.leaves[leaf.index()].registered.store(0, Ordering::Release);
                 self.set_backing(leaf, Backing::Anonymous);
-                self.board.member(self.slot).set_map(leaf, None);
+                self.board.member(self.slot).set_map(leaf, LeafMap::Own);
                 if self.is_cut_reserved() {
                     self.host.register(leaf, 1, Traps::Stores)?;
                     self.leaves[leaf.index()].registered.store(1, Ordering::Release);

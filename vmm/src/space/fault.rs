@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Backing, Host, Patch, Space, SpaceError};
+use crate::board::LeafMap;
 use crate::frames::CutId;
 use crate::tables::{Entry, Found, resolve};
 use crate::words::{Gfn, LeafNumber};
@@ -82,17 +83,20 @@ impl<H: Host> Space<H> {
             Found::Zero => {
                 self.host.map_anonymous(leaf)?;
                 self.set_backing(leaf, Backing::Anonymous);
+                area.set_map(leaf, LeafMap::Own);
                 self.host.wake(leaf)?;
             }
             Found::Shared { block: Some(block), patches: None } if self.placeholder == Some(block) => {
-                area.set_map(leaf, Some(block));
+                area.set_map(leaf, LeafMap::Block(block));
                 self.host.unregister(leaf)?;
                 self.set_backing(leaf, Backing::Block(block));
             }
             Found::Shared { block, patches } => {
-                area.set_map(leaf, block);
+                let map = block.map_or(LeafMap::Own, LeafMap::Block);
+                area.set_map(leaf, map);
                 let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
-                self.host.map_block(leaf, block, &patches).inspect_err(|_| area.set_map(leaf, None))?;
+                let mapped = self.host.map_block(leaf, block, &patches);
+                mapped.inspect_err(|_| area.set_map(leaf, LeafMap::Unknown))?;
                 self.set_backing(leaf, block.map_or(Backing::Anonymous, Backing::Block));
                 self.host.wake(leaf)?;
             }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use super::{Backing, Host, OPEN, OpenCut, PageSource, Space, SpaceError};
-use crate::board::{LeafWord, Patches};
+use crate::board::{LeafMap, LeafWord, Patches};
 use crate::frames::CutId;
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
@@ -51,6 +51,19 @@ impl<H: Host> Space<H> {
     /// clones, who are told; the source goes on.)
     pub fn force(&self, leaf: LeafNumber, keep: Keep) -> Result<(), SpaceError> {
         let _leaf = self.lock_leaf(leaf);
+        let map = self.board.member(self.slot).map(leaf);
+        if keep == Keep::Shared && map == LeafMap::Own {
+            // From the moment it is published, the block may take the place of the VM's own pages.
+            self.board.member(self.slot).set_map(leaf, LeafMap::Unknown);
+        }
+        let result = self.force_and_keep(leaf, keep);
+        if self.backing(leaf) == Backing::Anonymous {
+            self.board.member(self.slot).set_map(leaf, map);
+        }
+        result
+    }
+
+    fn force_and_keep(&self, leaf: LeafNumber, keep: Keep) -> Result<(), SpaceError> {
         let Some(published) = self.force_locked(leaf) else {
             // Nothing is pending, but somebody may have gone to sleep on a word of it meanwhile.
             for cut in self.open_cuts() {
@@ -223,16 +236,15 @@ impl<H: Host> Space<H> {
             drop(remap);
             return self.open_leaf(leaf);
         }
-        let area = self.board.member(self.slot);
-        let old = area.map(leaf);
-        area.set_map(leaf, Some(block));
         if let Err(error) = self.host.map_block(leaf, Some(block), &[]) {
-            area.set_map(leaf, old);
             drop(remap);
             self.open_leaf(leaf)?;
             return Err(error.into());
         }
         self.set_backing(leaf, Backing::Block(block));
+        // After the remapping: what was mapped until now stays named, and the new block is named by
+        // this VM's table, from which nothing is taken that the VM does not say to have.
+        self.board.member(self.slot).set_map(leaf, LeafMap::Block(block));
         self.leaves[leaf.index()].registered.store(0, Ordering::Release);
         self.set_protected(leaf, OPEN);
         self.host.wake(leaf)?;

@@ -45,7 +45,7 @@ pub use self::host::{Host, HostError, PageSource, PageStates, Patch, Traps};
 pub use self::pin::{Access, PinTable};
 pub use self::report::{LeafReport, PageCounts, SpaceReport};
 
-use crate::board::Board;
+use crate::board::{Board, LeafMap};
 use crate::frames::CutId;
 use crate::words::{Gfn, LeafNumber, MemoryShape, PageSet};
 
@@ -181,6 +181,7 @@ impl<H: Host> Space<H> {
         let space = Self::bare(host, board, slot, shape, None);
         for leaf in shape.leaves() {
             space.set_backing(leaf, Backing::Anonymous);
+            space.board.member(slot).set_map(leaf, LeafMap::Own);
         }
         space
     }

@@ -441,6 +441,34 @@ impl Tables {
         self.visit(root, ROOT_LEVEL + 1, LeafNumber(0), visit);
     }
 
+    /// Calls `visit` for each entry of a last directory below `root` to which `root` is the only
+    /// way: all nodes on the path have one referrer.
+    pub fn for_each_own(&self, root: Entry, visit: &mut dyn FnMut(LeafNumber, Entry)) {
+        self.visit_own(root, ROOT_LEVEL, LeafNumber(0), visit);
+    }
+
+    fn visit_own(
+        &self,
+        entry: Entry,
+        level: u32,
+        first: LeafNumber,
+        visit: &mut dyn FnMut(LeafNumber, Entry),
+    ) {
+        let Entry::Node(node) = entry else { return };
+        if self.references(entry) != 1 {
+            return;
+        }
+        for (index, step) in (0..NODE_ENTRIES).zip(0u32..) {
+            let first = LeafNumber(first.0 + step * leaves_per_slot(level));
+            match self.load(node, index) {
+                below @ Entry::Node(_) => self.visit_own(below, level - 1, first, visit),
+                Entry::Empty => {}
+                other if level == LEAF_LEVEL => visit(first, other),
+                _ => {}
+            }
+        }
+    }
+
     fn visit(
         &self,
         entry: Entry,
