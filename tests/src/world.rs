@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use salp::arena_files::ArenaChoice;
 use salp::family::VmId;
@@ -26,6 +26,9 @@ use salp_protocol::order;
 
 /// How long anything may take: software KVM on a busy machine is slow.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the host's kernel may take to give memory back.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a world is made of.
 #[derive(Clone, Debug)]
@@ -406,7 +409,19 @@ impl World {
             self.end(vm);
         }
         self.colony.wait_until_gone(LIMIT).unwrap_or_else(|error| panic!("the end: {error}"));
-        assert_eq!(self.usage(), ((0, 0, 0), 0), "cuts, nodes and records, and bytes stay");
+        self.await_usage(((0, 0, 0), 0));
+    }
+
+    /// Waits until [`World::usage`] is as `expected`. The host's kernel gives the memory of a removed
+    /// file back some milliseconds after the last process that mapped it was reaped.
+    #[track_caller]
+    pub fn await_usage(&self, expected: ((usize, usize, usize), u64)) {
+        let begun = Instant::now();
+        while self.usage() != expected {
+            let (usage, is_late) = (self.usage(), begun.elapsed() > PATIENCE);
+            assert!(!is_late, "cuts, nodes and records, and bytes: {usage:?}, not {expected:?}");
+            std::thread::yield_now();
+        }
     }
 
     /// What the colony answers to an order that should be refused.

@@ -173,7 +173,8 @@ fn a6_the_clone_ends_unused(test: &str, guest: GuestKind) {
     world.end(unused);
     world.store_pages(root, FULL.first_gfn(), 512, NEW);
     if guest == GuestKind::Thread {
-        assert_eq!((world.usage(), world.anonymous_pages(root)), before);
+        world.await_usage(before.0);
+        assert_eq!(world.anonymous_pages(root), before.1);
         assert_eq!(world.describe(root).blocks_published, 0, "the leaves are reused, not copied");
     }
     assert_eq!(world.sum(root, FULL.gpa(), 512, 4096), 512 * NEW);
@@ -207,21 +208,19 @@ fn a8_forks_leave_nothing_behind(test: &str, guest: GuestKind) {
         world.expect(child, FULL.gpa(), if value == 1 { OLD } else { value - 1 });
         world.end(child);
         world.colony.warm().expect("a full pool");
-        world.usage()
     };
     // The first ones: caches fill.
-    (1..=5).for_each(|value| {
-        one(value);
-    });
-    let base = (one(6), Holdings::of(source), Holdings::own());
+    (1..=6).for_each(&one);
+    let usage = world.usage();
+    let base = (Holdings::of(source), Holdings::own());
     let forks = u64::try_from(forks()).expect("a count");
-    let last = (7..7 + forks).map(one).last().expect("one fork at least");
-    assert_eq!(last, base.0, "structure and arena");
-    assert_eq!(Holdings::of(source), base.1, "the source's process");
+    (7..7 + forks).for_each(&one);
+    world.await_usage(usage);
+    assert_eq!(Holdings::of(source), base.0, "the source's process");
     let own = Holdings::own();
     // Stacks and heaps of threads come and go: mappings may vary a little.
-    assert_eq!((own.descriptors, own.threads), (base.2.descriptors, base.2.threads), "this process");
-    assert!(own.mappings <= base.2.mappings + 8, "{own:?}, before {:?}", base.2);
+    assert_eq!((own.descriptors, own.threads), (base.1.descriptors, base.1.threads), "this process");
+    assert!(own.mappings <= base.1.mappings + 8, "{own:?}, before {:?}", base.1);
     world.finish();
 }
 
