@@ -57,6 +57,9 @@ impl Default for Setup {
     }
 }
 
+/// Cuts of each VM, with their clones.
+type Cuts = BTreeMap<VmId, Vec<(CutId, Vec<VmId>)>>;
+
 /// Worlds that count what this process has must be alone in it; all others share it.
 static PROCESS: RwLock<()> = RwLock::new(());
 
@@ -75,7 +78,7 @@ pub struct World {
     is_puppet: bool,
     command_line: String,
     /// The cuts of each VM, with their clones, as far as they were taken here.
-    cuts: Mutex<BTreeMap<VmId, Vec<(CutId, Vec<VmId>)>>>,
+    cuts: Mutex<Cuts>,
     // Last: after the colony is gone.
     _place: Place,
 }
@@ -292,7 +295,7 @@ impl World {
         self.colony.settle();
     }
 
-    fn lock_cuts(&self) -> std::sync::MutexGuard<'_, BTreeMap<VmId, Vec<(CutId, Vec<VmId>)>>> {
+    fn lock_cuts(&self) -> std::sync::MutexGuard<'_, Cuts> {
         self.cuts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
