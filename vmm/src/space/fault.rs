@@ -119,13 +119,14 @@ impl<H: Host> Space<H> {
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
         let area = self.board.member(self.slot);
         loop {
+            // First: the tables of a VM that has ended are no longer kept.
+            if self.is_stopping() {
+                return Err(SpaceError::Stopping);
+            }
             let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
             let Found::Pending(cut) = found else {
                 return Ok(found);
             };
-            if self.is_stopping() {
-                return Err(SpaceError::Stopping);
-            }
             let asked = self.board.cut(cut);
             asked.request(leaf);
             let source = self.board.member(asked.source());
@@ -133,7 +134,7 @@ impl<H: Host> Space<H> {
             self.host.wake_word(source.doorbell());
             let word = asked.raw(leaf);
             self.host.wait_word(word, 0, SOURCE_PATIENCE);
-            if word.load(Ordering::Acquire) == 0 {
+            if word.load(Ordering::Acquire) == 0 && !self.is_stopping() {
                 tracing::warn!(%cut, %leaf, source = asked.source(), "a source keeps its clone waiting");
             }
         }
