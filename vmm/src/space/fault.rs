@@ -1,7 +1,7 @@
 //! Faults: the first touch of a leaf that is not known yet, and the store to a protected page.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Backing, Host, Patch, Space, SpaceError};
 use crate::frames::CutId;
@@ -17,6 +17,9 @@ pub enum Fault {
     Store,
 }
 
+/// How long to wait before the tables are looked at again: by then the cut may have been settled and
+/// its words given up, so that nobody wakes who waits for one of them.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long to wait for a source before its name is logged.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -118,6 +121,7 @@ impl<H: Host> Space<H> {
     /// What the leaf holds, once that is known.
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
         let area = self.board.member(self.slot);
+        let mut patience = Some(Instant::now() + SOURCE_PATIENCE);
         loop {
             // First: the tables of a VM that has ended are no longer kept.
             if self.is_stopping() {
@@ -133,8 +137,9 @@ impl<H: Host> Space<H> {
             source.ring();
             self.host.wake_word(source.doorbell());
             let word = asked.raw(leaf);
-            self.host.wait_word(word, 0, SOURCE_PATIENCE);
-            if word.load(Ordering::Acquire) == 0 && !self.is_stopping() {
+            self.host.wait_word(word, 0, LOOK_AGAIN);
+            if patience.is_some_and(|until| Instant::now() > until) && word.load(Ordering::Acquire) == 0 {
+                patience = None;
                 tracing::warn!(%cut, %leaf, source = asked.source(), "a source keeps its clone waiting");
             }
         }
