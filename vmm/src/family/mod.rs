@@ -241,7 +241,9 @@ impl Family {
     /// A VM has ended: it needs nothing any more. What others need of it stays where it is until
     /// [`Family::source_gone`].
     pub fn end_vm(&mut self, vm: VmId) {
-        if let Some(Vm { root, .. }) = self.vms.remove(&vm) {
+        if let Some(Vm { root, slot }) = self.vms.remove(&vm) {
+            // A thread of its process that looks once more must find nothing that is being given up.
+            self.board.member(slot).set_base(Entry::Empty.encode());
             self.release(root);
         }
     }

@@ -303,7 +303,10 @@ impl Member {
     ) -> Result<(), MemberError> {
         let machine = Arc::clone(&self.machine);
         let on_failure: OnFailure = Arc::new(move |error: SpaceError| {
-            machine.tell(Event::Trouble(error.to_string()));
+            // After the end of a VM its faults stay open, and concern nobody.
+            if !matches!(error, SpaceError::Stopping) {
+                machine.tell(Event::Trouble(error.to_string()));
+            }
         });
         // One more than can wait for another process at one time, and one for the devices.
         let resolvers = Resolvers::start(&space, usize::from(self.setup.vcpus) + 2, &on_failure)
@@ -559,6 +562,8 @@ impl Member {
         if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
             dma.stop();
         }
+        // After what had to be joined. The tables of this VM go when this is answered.
+        life.space.stop();
         done()
     }
 }

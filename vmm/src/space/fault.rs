@@ -1,7 +1,7 @@
 //! Faults: the first touch of a leaf that is not known yet, and the store to a protected page.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Backing, Host, Patch, Space, SpaceError};
 use crate::board::LeafMap;
@@ -18,11 +18,11 @@ pub enum Fault {
     Store,
 }
 
+/// How long to wait before the tables are looked at again: by then the cut may have been settled and
+/// its words given up, so that nobody wakes who waits for one of them.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long to wait for a source before its name is logged.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
-
-/// How long a waiting thread may not notice that the space is being stopped: nobody wakes it then.
-const STOP_PATIENCE: Duration = Duration::from_millis(50);
 
 impl<H: Host> Space<H> {
     /// Resolves a fault at `gfn` and wakes who waits there. See the case table of the module.
@@ -126,27 +126,25 @@ impl<H: Host> Space<H> {
     /// What the leaf holds, once that is known.
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
         let area = self.board.member(self.slot);
-        let mut waited = Duration::ZERO;
+        let mut patience = Some(Instant::now() + SOURCE_PATIENCE);
         loop {
+            // First: the tables of a VM that has ended are no longer kept.
+            if self.is_stopping() {
+                return Err(SpaceError::Stopping);
+            }
             let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
             let Found::Pending(cut) = found else {
                 return Ok(found);
             };
-            if self.is_stopping() {
-                return Err(SpaceError::Stopping);
-            }
             let asked = self.board.cut(cut);
             asked.request(leaf);
             let source = self.board.member(asked.source());
             source.ring();
             self.host.wake_word(source.doorbell());
             let word = asked.raw(leaf);
-            self.host.wait_word(word, 0, STOP_PATIENCE);
-            if word.load(Ordering::Acquire) == 0 {
-                waited += STOP_PATIENCE;
-            }
-            if waited >= SOURCE_PATIENCE {
-                waited = Duration::ZERO;
+            self.host.wait_word(word, 0, LOOK_AGAIN);
+            if patience.is_some_and(|until| Instant::now() > until) && word.load(Ordering::Acquire) == 0 {
+                patience = None;
                 tracing::warn!(%cut, %leaf, source = asked.source(), "a source keeps its clone waiting");
             }
         }
