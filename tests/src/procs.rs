@@ -161,3 +161,60 @@ impl Random {
         self.below(100) < percent
     }
 }
+
+/// A directory for one test, removed when dropped. Anybody may enter it.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new, empty directory.
+    ///
+    /// # Panics
+    /// The host has no room for one.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("salp-{name}-{}", std::process::id()));
+        fs::create_dir(&path).expect("a new directory for temporary files");
+        let anybody = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(&path, anybody).expect("it is ours");
+        Self(path)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The names in it.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        entries(&self.0.to_string_lossy())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            println!("{} stays: {error}", self.0.display());
+        }
+    }
+}
+
+/// The environment variable that marks the processes of a test.
+pub const MARK: &str = "SALP_TEST_MARK";
+
+/// Checks that a run of salp that ended has left nothing behind: no process with its mark, no mount
+/// and no shared memory of salp's, no file in the directory it worked in.
+///
+/// # Panics
+/// Something is left.
+pub fn expect_nothing_left(mark: &str, scratch: &Scratch) {
+    let left = settled(Duration::from_secs(10), || marked(MARK, mark), BTreeSet::is_empty);
+    assert!(left.is_empty(), "processes {left:?} outlive salp");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("a table of mounts");
+    assert!(!mounts.contains("salp-arena"), "a mount is left:\n{mounts}");
+    let shared: Vec<_> = entries("/dev/shm").into_iter().filter(|name| name.contains("salp")).collect();
+    assert!(shared.is_empty(), "shared memory is left: {shared:?}");
+    assert_eq!(scratch.names(), Vec::<String>::new(), "files are left");
+}

@@ -6,10 +6,13 @@
 //! then its run ends and its member says which. One whose ancestors only ended never may.
 
 use std::collections::BTreeMap;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use salp::family::VmId;
 use salp::keeper::member_handle::MemberHandle;
 use salp::keeper::{Colony, ColonyConfig, ColonyError};
@@ -17,7 +20,7 @@ use salp::kvm::Kvm;
 use salp::member::messages::{GuestKind, Order, PuppetOrder};
 use salp::words::MemoryShape;
 use salp_protocol::{layout, order};
-use salp_tests::procs::{Random, Usage, salp_binary, settled};
+use salp_tests::procs::{MARK, Random, Scratch, Usage, expect_nothing_left, salp_binary, settled};
 
 const MEMORY_BYTES: u64 = 16 << 20;
 /// Pages that carry a stamp: 16 in each leaf from the first free one on.
@@ -366,3 +369,84 @@ fn kills_of_thread_guests_leave_nothing_behind() {
 fn kills(usual: usize) -> usize {
     std::env::var("SALP_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
 }
+
+/// One run of the demo in its own process group, sent `signal` after `delay`. Returns how it ended and
+/// what it said; the time it took if it ended by itself.
+fn demo(signal: Option<(Signal, Duration, bool)>, moment: usize) -> (ExitStatus, String, Duration) {
+    let scratch = Scratch::new("signals");
+    let mark = format!("signals-{}-{moment}", std::process::id());
+    let mut child = Command::new(salp_binary())
+        .args(["demo", "--memory", "64M", "--clones", "3", "--dirty", "32M"])
+        .env(MARK, &mark)
+        .env("TMPDIR", scratch.path())
+        .current_dir(scratch.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .expect("salp starts");
+    let pid = Pid::from_child(&child);
+    let start = Instant::now();
+    if let Some((signal, delay, is_for_all)) = signal {
+        // Before that a signal ends it as it ends any program.
+        settled(LIMIT, || handles(child.id(), signal), |handles| *handles);
+        std::thread::sleep(delay);
+        let sent = match is_for_all {
+            true => rustix::process::kill_process_group(pid, signal),
+            false => rustix::process::kill_process(pid, signal),
+        };
+        sent.expect("it was not reaped yet");
+    }
+    let mut said = String::new();
+    // Its members write there too: this ends when the last of them has ended.
+    std::io::Read::read_to_string(&mut child.stderr.take().expect("piped"), &mut said).expect("text");
+    let status = child.wait().expect("it was started here");
+    let took = start.elapsed();
+    expect_nothing_left(&mark, &scratch);
+    (status, said, took)
+}
+
+/// Whether a process has a handler for `signal`; SIGKILL has none ever.
+fn handles(pid: u32, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let mask = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    signal == Signal::KILL || mask >> (signal.as_raw() - 1) & 1 == 1
+}
+
+#[test]
+fn a_demo_that_is_interrupted_or_killed_leaves_nothing_behind() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !can_trap() || Kvm::open().is_err() {
+        println!("SKIPPED: a_demo_that_is_interrupted_or_killed_leaves_nothing_behind: needs root and KVM");
+        return;
+    }
+    let (status, said, took) = demo(None, 0);
+    assert!(status.success() && said.is_empty(), "{status}: {said}");
+    let mut caught = [0; 3];
+    for (number, signal) in [Signal::INT, Signal::TERM, Signal::KILL].into_iter().enumerate() {
+        for moment in 0..MOMENTS {
+            let delay = took * u32::try_from(moment).expect("few") / u32::try_from(MOMENTS).expect("few");
+            let is_for_all = moment % 2 == 1 && signal != Signal::KILL;
+            let (status, said, _) = demo(Some((signal, delay, is_for_all)), number * MOMENTS + moment);
+            if status.success() {
+                // It was done already.
+                assert_eq!(said, "");
+                continue;
+            }
+            caught[number] += 1;
+            if signal == Signal::KILL {
+                assert_eq!(status.signal(), Some(signal.as_raw()), "{said}");
+            } else {
+                assert_eq!(status.code(), Some(128 + signal.as_raw()), "after {delay:?}: {said}");
+                assert_eq!(said, "salp: interrupted, everything is ended\n", "after {delay:?}");
+            }
+        }
+    }
+    println!("caught of {MOMENTS} each: {caught:?} by SIGINT, SIGTERM, SIGKILL; a whole run takes {took:?}");
+    assert!(caught.iter().all(|count| *count > 0), "no signal came in time: {caught:?}");
+}
+
+/// Moments in the run of a demo at which it is sent each signal.
+const MOMENTS: usize = 10;

@@ -66,6 +66,19 @@ pub enum DemoError {
         /// What there is.
         available: String,
     },
+    /// The registered pages do not fit.
+    #[error("--pins {pins} does not fit into --memory {memory}: the guest needs {needed} for that")]
+    Pins {
+        /// What was asked for.
+        pins: u32,
+        /// The memory.
+        memory: String,
+        /// What would do.
+        needed: String,
+    },
+    /// The guest's run has ended before anything could be shown.
+    #[error("the guest ended before the first fork: {0}")]
+    GuestEnded(String),
     /// What `--dirty` says.
     #[error("--dirty {0} is neither all, nor a size such as 64M, nor a percentage such as 10%")]
     Dirty(String),
@@ -172,6 +185,7 @@ impl<'a> Demo<'a> {
             let (asked, available) = (size::show(arguments.memory), size::show(available));
             return Err(DemoError::TooMuch { asked, available });
         }
+        let dirty_mib = dirty_mib(arguments)?;
         // Before any process is started: what is missing is said once, and clearly.
         let kvm = Kvm::open()?;
         let mut config = ColonyConfig::new(shape);
@@ -186,7 +200,6 @@ impl<'a> Demo<'a> {
             arena: format!("{:?}", colony.arena_kind()),
             memory_available_bytes: available,
         };
-        let dirty_mib = dirty_mib(&arguments.dirty, arguments.memory)?;
         let command_line = format!(
             "case=dma mib={dirty_mib} pins={} depth=8 delay_us=2000 dirty=16 kernel=1",
             arguments.pins
@@ -200,6 +213,7 @@ impl<'a> Demo<'a> {
         let root = self.colony.boot(&self.command_line)?;
         // Its first report says that all of the memory is written and transfers have begun.
         self.await_progress(root, 1)?;
+        self.expect_running(root)?;
         for _ in 0..self.arguments.clones {
             let seen = self.progress_count(root)?;
             self.await_progress(root, seen + 1)?;
@@ -240,6 +254,19 @@ impl<'a> Demo<'a> {
         self.wait_for(vm, VERIFY_LIMIT, |state| {
             (state.reports >= count || state.ended.is_some()).then_some(())
         })
+    }
+
+    fn expect_running(&self, vm: VmId) -> Result<(), DemoError> {
+        let member = self.colony.member(vm)?;
+        let state = member.state();
+        match &state.ended {
+            None => Ok(()),
+            Some((_, text)) => {
+                let console = String::from_utf8_lossy(&state.console);
+                let said: Vec<_> = [text.as_str(), console.as_ref()].iter().flat_map(|s| s.lines()).collect();
+                Err(DemoError::GuestEnded(said.join("; ")))
+            }
+        }
     }
 
     /// Waits in slices, so that a signal is seen.
@@ -429,21 +456,27 @@ fn name(vm: VmId) -> String {
     format!("vm{}", vm.0)
 }
 
-/// MiB that the guest writes: a part of what lies above its own image.
-fn dirty_mib(text: &str, memory_bytes: u64) -> Result<u64, DemoError> {
+/// MiB that the guest writes: a part of what lies above its own image and its registered pages.
+fn dirty_mib(arguments: &DemoArguments) -> Result<u64, DemoError> {
+    let (text, memory_mib) = (arguments.dirty.as_str(), arguments.memory >> 20);
     let wrong = || DemoError::Dirty(text.to_owned());
-    // The rest is the guest's image, its buffers and its registered pages.
-    let most = (memory_bytes >> 20).saturating_sub(GUEST_OVERHEAD_MIB).max(1);
+    let pinned_mib = (u64::from(arguments.pins) << crate::words::PAGE_SHIFT).div_ceil(1 << 20);
+    let overhead_mib = GUEST_OVERHEAD_MIB + pinned_mib;
+    let most = memory_mib.saturating_sub(overhead_mib);
+    if most == 0 {
+        let needed = size::show(((overhead_mib + 1).next_multiple_of(2)) << 20);
+        return Err(DemoError::Pins { pins: arguments.pins, memory: size::show(arguments.memory), needed });
+    }
     let mib = match text.strip_suffix('%') {
         _ if text == "all" => most,
         Some(percent) => {
-            let percent: u64 = percent.parse().map_err(|_| wrong())?;
-            (memory_bytes >> 20) * percent.min(100) / 100
+            let percent = percent.parse().ok().filter(|percent: &u64| *percent <= 100).ok_or_else(wrong)?;
+            memory_mib * percent / 100
         }
         None => size::parse(text).map_err(|_| wrong())? >> 20,
     };
     Ok(mib.clamp(1, most))
 }
 
-/// What the built-in guest uses besides the memory that it dirties, in MiB.
-const GUEST_OVERHEAD_MIB: u64 = 14;
+/// What the built-in guest uses besides the memory that it dirties and its registered pages, in MiB.
+const GUEST_OVERHEAD_MIB: u64 = 13;

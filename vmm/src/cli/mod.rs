@@ -6,6 +6,7 @@ pub mod size;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::member::{self, MEMBER_ARGUMENT};
@@ -26,6 +27,8 @@ enum Command {
 
 /// Exit status after an error that is not the guest's.
 const FAILURE: u8 = 1;
+/// Exit status of a command line that makes no sense.
+const USAGE: u8 = 2;
 
 /// The whole program.
 #[must_use]
@@ -37,12 +40,41 @@ pub fn main() -> ExitCode {
             Err(error) => fail(&error),
         };
     }
-    match Arguments::parse().command {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refuse(&error),
+    };
+    match arguments.command {
         Command::Demo(arguments) => match demo::run(&arguments) {
             Ok(code) => code,
             Err(error) => fail(&error),
         },
     }
+}
+
+/// Says in one line what is wrong with the command line; help and version are what was asked for.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let text = match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            return match error.print() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&error),
+            };
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
+            "no command given: `salp demo` shows the main job".to_owned()
+        }
+        _ => {
+            let rendered = error.render().to_string();
+            // The rest is the usage and where to find help.
+            let said = rendered.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+            let said: Vec<_> =
+                said.filter(|line| !line.is_empty() && !line.starts_with("For more information")).collect();
+            said.join(" ").trim_start_matches("error: ").to_owned()
+        }
+    };
+    eprintln!("salp: {text} (`salp --help` lists all)");
+    ExitCode::from(USAGE)
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {

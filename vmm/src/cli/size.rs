@@ -28,14 +28,15 @@ pub fn parse(text: &str) -> Result<u64, SizeError> {
     number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
-/// A size as people write it, in the largest unit that divides it (or GiB with a digit, if large).
+/// A size as people write it, in the largest unit that divides it; above a gigabyte not in K, but in G
+/// with a digit.
 #[must_use]
 pub fn show(bytes: u64) -> String {
     let units = [(30, "G"), (20, "M"), (10, "K")];
     match units.iter().find(|(shift, _)| bytes >= 1 << shift && bytes.is_multiple_of(1 << shift)) {
-        Some((shift, unit)) => format!("{}{unit}", bytes >> shift),
-        None if bytes >= 1 << 30 => format!("{:.1}G", bytes as f64 / f64::from(1 << 30)),
-        None => format!("{bytes}"),
+        Some((shift, unit)) if *shift > 10 || bytes < 1 << 30 => format!("{}{unit}", bytes >> shift),
+        _ if bytes >= 1 << 30 => format!("{:.1}G", bytes as f64 / f64::from(1 << 30)),
+        _ => format!("{bytes}"),
     }
 }
 
@@ -52,6 +53,7 @@ mod tests {
         for wrong in ["", "M", "1.5G", "-1", "12X", "99999999999T"] {
             assert!(parse(wrong).is_err(), "{wrong} passed");
         }
-        assert_eq!([show(3 << 30), show(512 << 20), show(7)], ["3G", "512M", "7"].map(str::to_owned));
+        let sizes = [3 << 30, 512 << 20, 7, 3 << 10, (3 << 30) + (512 << 20) + 1024];
+        assert_eq!(sizes.map(show), ["3G", "512M", "7", "3K", "3.5G"].map(str::to_owned));
     }
 }

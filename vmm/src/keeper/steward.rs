@@ -38,7 +38,13 @@ pub(super) enum Job {
 pub(super) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
     while let Ok(job) = jobs.recv() {
         let result = match job {
-            Job::FillPool => shared.fill_pool(),
+            Job::FillPool => {
+                // Whoever needs a member that cannot be made is told then.
+                if let Err(error) = shared.fill_pool() {
+                    tracing::debug!(%error, "the pool is not full");
+                }
+                Ok(())
+            }
             Job::Sweep => shared.sweep(),
             Job::ForkAsked { vm, vcpu } => shared.fork_for_guest(vm, vcpu),
             Job::Echo(done) => {

@@ -27,7 +27,7 @@ pub enum KvmError {
         source: std::io::Error,
     },
     /// The kernel speaks another version of the KVM API.
-    #[error("kvm api version {found} found, 12 expected")]
+    #[error("/dev/kvm answers with api version {found}, 12 expected: it is no kvm device, or a foreign one")]
     ApiVersion {
         /// What `KVM_GET_API_VERSION` returned.
         found: i32,
