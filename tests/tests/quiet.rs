@@ -76,11 +76,13 @@ fn family(colony: &Colony) -> (VmId, VmId) {
 /// The clone reads every page.
 fn read_all(colony: &Colony, clone: VmId) {
     let pages = (MEMORY_BYTES - layout::FREE) / PAGE;
-    let sum = PuppetOrder { order: order::SUM_STRIDE, a: layout::FREE, c: pages, d: PAGE, ..Default::default() };
+    let sum =
+        PuppetOrder { order: order::SUM_STRIDE, a: layout::FREE, c: pages, d: PAGE, ..Default::default() };
     assert_eq!(ask(colony, clone, sum), 3 * pages);
     // Its image and stacks. What is below is the loader's, and some of that is not mapped for it.
     let pages = (layout::FREE - layout::IMAGE) / PAGE;
-    let rest = PuppetOrder { order: order::SUM_STRIDE, a: layout::IMAGE, c: pages, d: PAGE, ..Default::default() };
+    let rest =
+        PuppetOrder { order: order::SUM_STRIDE, a: layout::IMAGE, c: pages, d: PAGE, ..Default::default() };
     ask(colony, clone, rest);
 }
 
@@ -114,7 +116,9 @@ fn registered(pid: u32) -> Vec<String> {
             }
             Some(_) => {}
             // A mapping begins with its addresses, in hexadecimal digits of small letters.
-            None if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) => mapping = line,
+            None if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) => {
+                mapping = line
+            }
             None => {}
         }
     }
@@ -154,7 +158,9 @@ fn all_switches(colony: &Colony, vms: &[VmId]) -> BTreeMap<String, u64> {
 #[test]
 fn when_all_is_published_nothing_is_registered_and_nobody_is_busy() {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let Some(colony) = colony("when_all_is_published_nothing_is_registered_and_nobody_is_busy") else { return };
+    let Some(colony) = colony("when_all_is_published_nothing_is_registered_and_nobody_is_busy") else {
+        return;
+    };
     let (root, clone) = family(&colony);
     colony.warm().expect("the pool is full");
     let process = |vm| colony.member(vm).expect("it lives").process();
@@ -170,7 +176,8 @@ fn when_all_is_published_nothing_is_registered_and_nobody_is_busy() {
             std::thread::sleep(IDLE);
             let after = all_switches(&colony, &[root, clone]);
             let busy = |(name, count): (&String, &u64)| {
-                (before.get(name) != Some(count)).then(|| format!("{name}: {:?} -> {count}", before.get(name)))
+                (before.get(name) != Some(count))
+                    .then(|| format!("{name}: {:?} -> {count}", before.get(name)))
             };
             after.iter().filter_map(busy).collect::<Vec<_>>()
         },
