@@ -2,12 +2,14 @@
 //!
 //! - [`Channel`]: whole messages with descriptors, over a socket pair.
 //! - [`SharedMemory`]: words that several processes see, and [`futex`] to wait for one to change.
+//! - [`bus_error`]: `SIGBUS`, which whoever touches lost memory gets.
 //! - [`spawn`]: another process of the same binary, without ever forking a multi-threaded one.
 //!
 //! A process can be killed at any instruction, so nothing here is a lock between processes: a shared
 //! word has one writer, a channel ends when its peer does, and a [`Child`](spawn::Child) has a
 //! descriptor that becomes readable when the process is gone.
 
+pub mod bus_error;
 pub mod channel;
 pub mod futex;
 pub mod shared;

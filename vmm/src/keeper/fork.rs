@@ -79,6 +79,8 @@ pub struct Stages {
     pub protect: f64,
     /// Resume ordered to the last vCPU in the guest again.
     pub resume: f64,
+    /// Resume ordered to the answer in the keeper: descriptors, encoding, the hop.
+    pub hop_to_keeper: f64,
     /// Source's answer to the order to run the clone: two hops, mapping, state set.
     pub clone: f64,
     /// That order to the clone's vCPU entering the guest.
@@ -143,6 +145,7 @@ fn times_of(forked: &Forked, clone: &Cloned, reentered: u64, first_exit: u64, en
             copy: forked.figures.copy.as_secs_f64() * 1e6,
             protect: forked.figures.protect.as_secs_f64() * 1e6,
             resume: us(times.protected, reentered.max(times.resumed)),
+            hop_to_keeper: us(times.resumed, forked.cut_at),
             clone: us(forked.cut_at, clone.running_at),
             enter: us(clone.running_at, entered),
         },

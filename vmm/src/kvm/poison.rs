@@ -12,10 +12,10 @@
 
 use std::cell::Cell;
 use std::ptr::null;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::KvmError;
+use crate::ipc::bus_error::Link;
 use crate::words::wide;
 
 thread_local! {
@@ -24,8 +24,7 @@ thread_local! {
     static NOTE: Cell<*const AtomicU64> = const { Cell::new(null()) };
 }
 
-/// The handler that was there before.
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+static LINK: Link = Link::new();
 
 /// Runs `enter` (a `KVM_RUN`) on this thread. Also returns the host address of lost memory that the
 /// guest touched in it.
@@ -43,7 +42,7 @@ pub(super) fn watch<R>(enter: impl FnOnce() -> R) -> (R, Option<u64>) {
 extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let note = NOTE.get();
     if note.is_null() {
-        pass_on(signal, info, context);
+        LINK.pass_on(signal, info, context);
         return;
     }
     // SAFETY: the kernel gives a valid siginfo to a SA_SIGINFO handler, with an address for SIGBUS.
@@ -52,51 +51,7 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     unsafe { &*note }.store(wide(address.addr()), Ordering::Relaxed);
 }
 
-/// Does what would have happened without the handler of this module.
-fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-    let before = BEFORE.get().filter(|before| {
-        before.sa_flags & libc::SA_SIGINFO != 0
-            && ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction)
-    });
-    if let Some(before) = before {
-        // SAFETY: the kernel held this as the address of a SA_SIGINFO handler.
-        let handler: Handler = unsafe { std::mem::transmute(before.sa_sigaction) };
-        handler(signal, info, context);
-    } else {
-        // SAFETY: both are async-signal-safe. The signal is blocked until this returns, then the
-        // process ends by it.
-        unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-            libc::raise(signal);
-        }
-    }
-}
-
 /// Installs the handler, once in a process.
 pub(super) fn install() -> Result<(), KvmError> {
-    static INSTALLED: OnceLock<i32> = OnceLock::new();
-    let errno = *INSTALLED.get_or_init(|| {
-        // SAFETY: for this structure all zeros is a value: no flags, empty mask.
-        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
-        // SAFETY: as above.
-        let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
-        new.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
-        // On the alternate stack, as the standard library's handler for stack overflows must be.
-        new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: valid structures; the handler is async-signal-safe: it reads a thread-local
-        // without a constructor, stores an atomic, or passes on. The old one is asked for first, so
-        // that it is known when the new one runs.
-        let result = unsafe {
-            libc::sigaction(libc::SIGBUS, null(), &raw mut before);
-            BEFORE.get_or_init(|| before);
-            libc::sigaction(libc::SIGBUS, &raw const new, std::ptr::null_mut())
-        };
-        if result == 0 { 0 } else { std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL) }
-    });
-    if errno == 0 {
-        return Ok(());
-    }
-    let source = std::io::Error::from_raw_os_error(errno);
-    Err(KvmError::Ioctl { name: "sigaction", source })
+    LINK.install(on_bus_error).map_err(|source| KvmError::Ioctl { name: "sigaction", source })
 }

@@ -1,27 +1,23 @@
 //! The life of a VM in its member: boot or become, cut, report, end.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-use salp_protocol::call;
+use std::time::Duration;
 
 use super::MemberError;
 use super::extents::ArenaExtents;
 use super::machine::{Live, MemberMachine};
-use super::messages::{
-    CutReply, CutTimes, Description, Event, GuestKind, Order, PuppetOrder, Reply, Setup, Snapshot,
-};
+use super::messages::{Description, Event, GuestKind, Order, PuppetOrder, Reply, Setup, Snapshot};
 use super::ram::SpaceRam;
 use super::services::Services;
 use super::shell::{MemberFiles, Shell};
 use super::thread_guest::ThreadGuest;
+use super::wiring::{ConsoleSink, MsiLine, NoLine};
 use crate::board::Board;
 use crate::boot::{EntryState, load_builtin};
 use crate::devices::InterruptLine;
-use crate::devices::backing::{Backing, BackingState};
+use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
 use crate::devices::dma::{BackingKind, DmaEngine};
 use crate::devices::exit::ExitPort;
@@ -29,87 +25,45 @@ use crate::devices::gate::{CompletionGate, HeldGate};
 use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
-use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{Msi, VcpuThread, Vm, resume_all, stop_all};
+use crate::kvm::{VcpuThread, Vm, close, resume_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
-use crate::window::{CutFiles, OnFailure, Resolvers, Window};
+use crate::window::{OnFailure, Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A member process.
 pub struct Member {
-    setup: Setup,
+    pub(super) setup: Setup,
     board: Board,
     files: Arc<MemberFiles>,
-    machine: Arc<MemberMachine>,
-    gate: Arc<CompletionGate>,
-    vm: Option<Arc<Vm>>,
-    vcpus: Arc<Vec<VcpuThread>>,
+    pub(super) machine: Arc<MemberMachine>,
+    pub(super) gate: Arc<CompletionGate>,
+    pub(super) vm: Option<Arc<Vm>>,
+    pub(super) vcpus: Vec<VcpuThread>,
     window: Option<Window>,
     life: Option<Life>,
     /// While quiesced.
-    held: Option<HeldGate>,
+    pub(super) held: Option<HeldGate>,
     /// The cut just taken, whose end of the pause is to be reported.
-    just_cut: Option<CutId>,
+    pub(super) just_cut: Option<CutId>,
 }
 
 /// What a VM has besides what its vCPUs see.
-struct Life {
-    space: Arc<Space<Window>>,
+pub(super) struct Life {
+    pub(super) space: Arc<Space<Window>>,
     services: Services,
     thread_guest: Option<ThreadGuest>,
-    backing: Arc<Backing>,
-    extents: Arc<ArenaExtents>,
-    has_ended: bool,
+    pub(super) backing: Arc<Backing>,
+    pub(super) extents: Arc<ArenaExtents>,
+    pub(super) has_ended: bool,
     // Last: joined after everything that may fault.
     _resolvers: Resolvers,
 }
 
-/// Interrupts by MSI, to vCPU 0.
-struct MsiLine(Arc<Vm>);
-
-impl InterruptLine for MsiLine {
-    fn raise(&self, vector: u8) {
-        if let Err(error) = self.0.raise_msi(Msi::fixed(0, vector)) {
-            tracing::error!(%error, vector, "an interrupt is lost");
-        }
-    }
-}
-
-/// A thread guest polls.
-struct NoLine;
-
-impl InterruptLine for NoLine {
-    fn raise(&self, _vector: u8) {}
-}
-
-/// Console output, a line at a time, to the keeper.
-struct ConsoleSink {
-    machine: Arc<MemberMachine>,
-    line: Vec<u8>,
-}
-
-/// A line without an end is sent on at this length.
-const LINE_LIMIT: usize = 256;
-
-impl io::Write for ConsoleSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.line.extend_from_slice(bytes);
-        if bytes.contains(&b'\n') || self.line.len() >= LINE_LIMIT {
-            self.machine.tell(Event::Console(std::mem::take(&mut self.line)));
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-type Answer = Result<(Reply, Vec<OwnedFd>), MemberError>;
+pub(super) type Answer = Result<(Reply, Vec<OwnedFd>), MemberError>;
 
 fn done() -> Answer {
     Ok((Reply::Done, Vec::new()))
@@ -126,7 +80,7 @@ impl Member {
             machine: shell.machine,
             gate: CompletionGate::new(),
             vm: shell.vm,
-            vcpus: Arc::new(shell.vcpus),
+            vcpus: shell.vcpus,
             window: Some(shell.window),
             life: None,
             held: None,
@@ -198,7 +152,7 @@ impl Member {
         }
     }
 
-    fn life(&self) -> Result<&Life, MemberError> {
+    pub(super) fn life(&self) -> Result<&Life, MemberError> {
         self.life.as_ref().ok_or(MemberError::Protocol("this member is no vm yet"))
     }
 
@@ -276,12 +230,12 @@ impl Member {
     ) -> Result<Bus, MemberError> {
         let ram = Arc::new(SpaceRam(Arc::clone(space)));
         let line: Arc<dyn InterruptLine> = match &self.vm {
-            Some(vm) => Arc::new(MsiLine(Arc::clone(vm))),
+            Some(vm) => Arc::new(MsiLine(Arc::downgrade(vm))),
             None => Arc::new(NoLine),
         };
         let storage = BackingKind::Storage(Arc::clone(backing));
         let gate = || Arc::clone(&self.gate);
-        let sink = Box::new(ConsoleSink { machine: Arc::clone(&self.machine), line: Vec::new() });
+        let sink = Box::new(ConsoleSink::new(&self.machine));
         let (dma, serial) = match snapshot {
             Some(snapshot) => (
                 DmaEngine::restore(&snapshot.dma, ram, line, storage, gate()),
@@ -347,128 +301,6 @@ impl Member {
         let at = monotonic_ns();
         resume_all(&self.vcpus)?;
         Ok((Reply::Running { at }, Vec::new()))
-    }
-
-    fn cut(
-        &mut self,
-        cut: CutId,
-        previous: Option<CutId>,
-        asked_by: Option<usize>,
-        descriptors: Vec<OwnedFd>,
-    ) -> Answer {
-        let no_files = |_| MemberError::Protocol("a cut comes with two files");
-        let [blocks, patches] = <[OwnedFd; 2]>::try_from(descriptors).map_err(no_files)?;
-        let life = self.life()?;
-        if life.has_ended {
-            return Err(MemberError::Protocol("this vm has ended"));
-        }
-        let space = Arc::clone(&life.space);
-        let backing = Arc::clone(&life.backing);
-        space.host().attach_cut(cut, CutFiles { blocks, patches });
-        let result = self.take_cut(&space, &backing, cut, previous, asked_by);
-        match result {
-            Ok((reply, extents)) => {
-                self.just_cut = Some(cut);
-                Ok((Reply::Cut(Box::new(reply)), extents))
-            }
-            Err(error) => {
-                space.host().detach_cut(cut);
-                Err(error)
-            }
-        }
-    }
-
-    fn take_cut(
-        &self,
-        space: &Space<Window>,
-        backing: &Backing,
-        cut: CutId,
-        previous: Option<CutId>,
-        asked_by: Option<usize>,
-    ) -> Result<(CutReply, Vec<OwnedFd>), MemberError> {
-        let mut times = CutTimes { begun: monotonic_ns(), ..CutTimes::default() };
-        let reserved = space.reserve_cut(cut)?;
-        times.reserved = monotonic_ns();
-        let stopped = stop_all(&self.vcpus, STOP_LIMIT);
-        times.stopped = monotonic_ns();
-        let held = self.gate.hold();
-        times.held = monotonic_ns();
-        let result = stopped.map_err(MemberError::from).and_then(|()| {
-            let mut snapshot = self.save(&held, backing, asked_by)?;
-            let extents = self.extents_of(&mut snapshot)?;
-            times.saved = monotonic_ns();
-            let figures = reserved.perform(previous)?;
-            times.protected = monotonic_ns();
-            Ok((snapshot, extents, figures))
-        });
-        // Also after a failure: the VM goes on.
-        let resumed = if self.held.is_none() { resume_all(&self.vcpus) } else { Ok(()) };
-        times.resumed = monotonic_ns();
-        drop(held);
-        let (snapshot, extents, figures) = result?;
-        resumed?;
-        Ok((CutReply { snapshot, figures, times }, extents))
-    }
-
-    /// Names the extent files that a snapshot needs, and returns them in that order.
-    fn extents_of(&self, snapshot: &mut Snapshot) -> Result<Vec<OwnedFd>, MemberError> {
-        let extents = &self.life()?.extents;
-        snapshot.extents = snapshot.backing.iter().flat_map(BackingState::extent_files).collect();
-        if snapshot.extents.len() >= DESCRIPTOR_LIMIT {
-            return Err(MemberError::Protocol("the backing is in too many files of its ancestors"));
-        }
-        let files = snapshot.extents.iter().map(|id| extents.get(*id)).collect::<io::Result<_>>();
-        files.map_err(MemberError::Window)
-    }
-
-    fn save(
-        &self,
-        held: &HeldGate,
-        backing: &Backing,
-        asked_by: Option<usize>,
-    ) -> Result<Snapshot, MemberError> {
-        let live = self.machine.role().map_err(MemberError::Protocol)?;
-        for vcpu in self.vcpus.iter() {
-            if vcpu.open_call()?.is_some() {
-                let is_asked = asked_by == Some(vcpu.index());
-                vcpu.show_result(if is_asked { 0 } else { call::AGAIN })?;
-            }
-        }
-        let no_engine = MemberError::Protocol("this vm has no dma engine");
-        let dma = live.bus.dma.as_ref().ok_or(no_engine)?;
-        Ok(Snapshot {
-            vcpus: self.vcpus.iter().map(VcpuThread::save).collect::<Result<_, _>>()?,
-            vm: self.vm.as_ref().map(|vm| vm.save()).transpose()?,
-            dma: dma.save(held),
-            backing: Some(backing.freeze(held)),
-            extents: Vec::new(),
-            serial: live.bus.serial.save(held),
-        })
-    }
-
-    /// Reports when the last vCPU entered the guest again. One that is inside a call of its own, or
-    /// has ended, went on at the order to resume.
-    fn report_reentry(&self, cut: CutId) {
-        let limit = Instant::now() + REENTRY_LIMIT;
-        let mut at = 0;
-        for vcpu in self.vcpus.iter() {
-            let entered = loop {
-                let times = vcpu.times();
-                if times.entered_ns != 0 {
-                    break times.entered_ns;
-                }
-                if vcpu.has_ended() || Instant::now() > limit {
-                    break times.resumed_ns;
-                }
-                std::thread::yield_now();
-            };
-            at = at.max(entered);
-        }
-        let harvest = self.life().and_then(|life| Ok(life.space.harvest()?));
-        match harvest {
-            Ok(report) => self.machine.tell(Event::Reentered { cut, at, pages: report.counts }),
-            Err(error) => self.machine.tell(Event::Trouble(error.to_string())),
-        }
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {
@@ -557,19 +389,26 @@ impl Member {
         };
         life.has_ended = true;
         self.held = None;
-        self.vcpus.iter().for_each(VcpuThread::request_stop);
         life.thread_guest = None;
+        let vcpus = std::mem::take(&mut self.vcpus);
+        vcpus.iter().for_each(VcpuThread::request_stop);
         if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
             dma.stop();
+        }
+        if let Some(vm) = self.vm.take() {
+            let space = Arc::clone(&life.space);
+            // In the background: what it takes, up to 20 ms, nobody need wait for.
+            close(vcpus, vm, move || {
+                if let Err(error) = space.free_waiters() {
+                    tracing::warn!(%error, "a vcpu may wait for a page for ever");
+                }
+            })?;
         }
         // After what had to be joined. The tables of this VM go when this is answered.
         life.space.stop();
         done()
     }
 }
-
-/// How long to look for the vCPUs' re-entry.
-const REENTRY_LIMIT: Duration = Duration::from_millis(50);
 
 /// `minflt` of this process, the tenth field of its `stat` (proc(5)); its name may have spaces, so the
 /// fields are counted from the parenthesis that ends it.

@@ -13,11 +13,13 @@
 //! | [`extents`] | the files behind the storage |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
-//! | [`life`] | a VM from its role to its end |
+//! | [`life`], `cutting` | a VM from its role to its end; a cut of it |
+//! | `wiring` | interrupt lines and console |
 //!
 //! A member never forks, and a panic in one of its threads does not abort it: others may depend on
 //! its pages.
 
+mod cutting;
 mod extents;
 pub mod life;
 pub mod machine;
@@ -27,6 +29,7 @@ pub mod ram;
 pub mod services;
 pub mod shell;
 pub mod thread_guest;
+mod wiring;
 
 use std::os::fd::{AsFd as _, RawFd};
 use std::sync::Arc;
@@ -115,11 +118,13 @@ pub fn run() -> Result<(), MemberError> {
         }
     };
     keeper.send(&Message::Ready, &[])?;
-    let mut member = Member::new(shell);
+    // Never taken apart here: closing a KVM VM waits for whoever waits in a fault, and nobody might
+    // resolve that any more. The kernel takes a process apart in the right order.
+    let member = Box::leak(Box::new(Member::new(shell)));
     while let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? {
         if matches!(order, Order::Exit) {
             keeper.send(&Message::Answer { number, result: Ok(Reply::Done) }, &[])?;
-            // Nothing of this process is needed, and the kernel takes it apart in the right order.
+            // Nothing of this process is needed.
             std::process::exit(0);
         }
         let (result, files) = match member.obey(order, descriptors) {

@@ -33,19 +33,10 @@ impl<H: Host> Space<H> {
         if self.backing(leaf) == Backing::Trapped && !is_whole {
             self.resolve_leaf(leaf)?;
         }
-        loop {
-            let _leaf = self.lock_leaf(leaf);
+        self.with_open_leaf(leaf, || {
             if self.backing(leaf) == Backing::Lost && !is_whole {
                 // Zeros on some pages would need a leaf in two conditions.
                 return Err(SpaceError::Lost { gfn: first });
-            }
-            if self.is_protected(leaf) {
-                self.force_locked(leaf);
-                self.open_leaf(leaf)?;
-            }
-            let _remap = self.remapping();
-            if self.is_protected(leaf) {
-                continue;
             }
             if let Some(gfn) = self.pin_table().first_in(first, pages) {
                 return Err(SpaceError::Pinned { gfn });
@@ -64,7 +55,7 @@ impl<H: Host> Space<H> {
                 let is_block = matches!(self.backing(leaf), Backing::Block(_));
                 self.host.zero(first, pages, is_block)?;
             }
-            return Ok(());
-        }
+            Ok(())
+        })
     }
 }

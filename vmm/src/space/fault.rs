@@ -115,6 +115,24 @@ impl<H: Host> Space<H> {
         Ok(())
     }
 
+    /// The VM is ending and its vCPUs have been told to stop: whoever waits for a page is freed. What
+    /// it reads then is nothing that anybody looks at.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn free_waiters(&self) -> Result<(), SpaceError> {
+        for leaf in self.shape.leaves() {
+            let _leaf = self.lock_leaf(leaf);
+            let _remap = self.remapping();
+            match self.backing(leaf) {
+                Backing::Trapped => self.host.unregister(leaf)?,
+                // What is protected stays so, for the clones; who waits there asks again.
+                _ => self.host.wake(leaf)?,
+            }
+        }
+        Ok(())
+    }
+
     fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
         let patches = self.board.cut(cut).patches(leaf);
         (patches.first_frame..)

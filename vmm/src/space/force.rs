@@ -208,6 +208,29 @@ impl<H: Host> Space<H> {
         Ok(())
     }
 
+    /// Runs `work` on a leaf on which nothing is pending and over which no protection lies, under its
+    /// lock and `remap`.
+    pub(super) fn with_open_leaf<T>(
+        &self,
+        leaf: LeafNumber,
+        work: impl FnOnce() -> Result<T, SpaceError>,
+    ) -> Result<T, SpaceError> {
+        let _leaf = self.lock_leaf(leaf);
+        loop {
+            if self.is_protected(leaf) {
+                self.force_locked(leaf);
+                self.open_leaf(leaf)?;
+            }
+            let remap = self.remapping();
+            // A cut may have come between the two: then its protection lies over the leaf.
+            if !self.is_protected(leaf) {
+                let result = work();
+                drop(remap);
+                return result;
+            }
+        }
+    }
+
     /// Whether the source's pages of a published leaf are all in its block, none is pinned, and no
     /// store can come until the leaf is remapped.
     fn can_drop(&self, leaf: LeafNumber, lent: &PageSet) -> Result<bool, SpaceError> {

@@ -128,25 +128,15 @@ impl<H: Host> Space<H> {
         if self.backing(leaf) == Backing::Trapped {
             self.resolve_leaf(leaf)?;
         }
-        loop {
-            let _leaf = self.lock_leaf(leaf);
+        self.with_open_leaf(leaf, || {
             if self.backing(leaf) == Backing::Lost {
                 return Err(SpaceError::Lost { gfn: first });
-            }
-            if self.is_protected(leaf) {
-                self.force_locked(leaf);
-                self.open_leaf(leaf)?;
-            }
-            let _remap = self.remapping();
-            // A cut may have come between the two: then its protection lies over the leaf.
-            if self.is_protected(leaf) {
-                continue;
             }
             self.host.populate(first, pages)?;
             let mut table = self.pin_table();
             (first.0..first.0 + pages).map(Gfn).for_each(|gfn| table.pin(gfn));
-            return Ok(());
-        }
+            Ok(())
+        })
     }
 
     /// Takes one pin off each of `pages` pages from `first`.

@@ -11,8 +11,8 @@
 
 use std::arch::global_asm;
 use std::io;
-use std::ptr::null_mut;
-use std::sync::OnceLock;
+
+use crate::ipc::bus_error::Link;
 
 global_asm!(
     ".text",
@@ -45,8 +45,7 @@ pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len_bytes: usize) -> usi
     unsafe { salp_guarded_copy(to, from, len_bytes) }
 }
 
-/// The handler that was there before.
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+static LINK: Link = Link::new();
 
 extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let registers = libc::REG_RIP as usize;
@@ -55,52 +54,20 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     let rip = unsafe { &mut (*context_of_fault).uc_mcontext.gregs[registers] };
     if *rip == salp_guarded_copy_instruction as *const () as i64 {
         *rip = salp_guarded_copy_end as *const () as i64;
-        return;
-    }
-    type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-    let before = BEFORE.get().filter(|before| {
-        before.sa_flags & libc::SA_SIGINFO != 0
-            && ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction)
-    });
-    if let Some(before) = before {
-        // SAFETY: the kernel held this as the address of a SA_SIGINFO handler.
-        let handler: Handler = unsafe { std::mem::transmute(before.sa_sigaction) };
-        handler(signal, info, context);
     } else {
-        // SAFETY: both are async-signal-safe. The signal is blocked until this returns, then the
-        // process ends by it.
-        unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-            libc::raise(signal);
-        }
+        LINK.pass_on(signal, info, context);
     }
 }
 
 /// Installs the handler, once in a process.
 pub(super) fn install() -> io::Result<()> {
-    static INSTALLED: OnceLock<i32> = OnceLock::new();
-    let errno = *INSTALLED.get_or_init(|| {
-        // SAFETY: for this structure all zeros is a value: no flags, empty mask.
-        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
-        // SAFETY: as above.
-        let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
-        new.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
-        // On the alternate stack, as the standard library's handler for stack overflows must be.
-        new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: valid structures; the handler is async-signal-safe: it changes the context or passes
-        // on. The old one is asked for first, so that it is known when the new one runs.
-        let result = unsafe {
-            libc::sigaction(libc::SIGBUS, null_mut(), &raw mut before);
-            BEFORE.get_or_init(|| before);
-            libc::sigaction(libc::SIGBUS, &raw const new, null_mut())
-        };
-        if result == 0 { 0 } else { io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL) }
-    });
-    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+    LINK.install(on_bus_error)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ptr::null_mut;
+
     use super::*;
 
     #[test]

@@ -1,0 +1,147 @@
+//! A cut, in the member of its source: the pause, and what the clones get.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use salp_protocol::call;
+
+use super::MemberError;
+use super::life::{Answer, Member, STOP_LIMIT};
+use super::messages::{CutReply, CutTimes, Event, Reply, Snapshot};
+use crate::devices::backing::{Backing, BackingState};
+use crate::devices::gate::HeldGate;
+use crate::frames::CutId;
+use crate::ipc::channel::DESCRIPTOR_LIMIT;
+use crate::kvm::vcpu::monotonic_ns;
+use crate::kvm::{VcpuThread, resume_all, stop_all};
+use crate::space::Space;
+use crate::window::{CutFiles, Window};
+
+/// How long to look for the vCPUs' re-entry.
+const REENTRY_LIMIT: Duration = Duration::from_millis(50);
+
+impl Member {
+    pub(super) fn cut(
+        &mut self,
+        cut: CutId,
+        previous: Option<CutId>,
+        asked_by: Option<usize>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Answer {
+        let no_files = |_| MemberError::Protocol("a cut comes with two files");
+        let [blocks, patches] = <[OwnedFd; 2]>::try_from(descriptors).map_err(no_files)?;
+        let life = self.life()?;
+        if life.has_ended {
+            return Err(MemberError::Protocol("this vm has ended"));
+        }
+        let space = Arc::clone(&life.space);
+        let backing = Arc::clone(&life.backing);
+        space.host().attach_cut(cut, CutFiles { blocks, patches });
+        let result = self.take_cut(&space, &backing, cut, previous, asked_by);
+        match result {
+            Ok((reply, extents)) => {
+                self.just_cut = Some(cut);
+                Ok((Reply::Cut(Box::new(reply)), extents))
+            }
+            Err(error) => {
+                space.host().detach_cut(cut);
+                Err(error)
+            }
+        }
+    }
+
+    fn take_cut(
+        &self,
+        space: &Space<Window>,
+        backing: &Backing,
+        cut: CutId,
+        previous: Option<CutId>,
+        asked_by: Option<usize>,
+    ) -> Result<(CutReply, Vec<OwnedFd>), MemberError> {
+        let mut times = CutTimes { begun: monotonic_ns(), ..CutTimes::default() };
+        let reserved = space.reserve_cut(cut)?;
+        times.reserved = monotonic_ns();
+        let stopped = stop_all(&self.vcpus, STOP_LIMIT);
+        times.stopped = monotonic_ns();
+        let held = self.gate.hold();
+        times.held = monotonic_ns();
+        let result = stopped.map_err(MemberError::from).and_then(|()| {
+            let snapshot = self.save(&held, backing, asked_by)?;
+            times.saved = monotonic_ns();
+            let figures = reserved.perform(previous)?;
+            times.protected = monotonic_ns();
+            Ok((snapshot, figures))
+        });
+        // Also after a failure: the VM goes on.
+        let resumed = if self.held.is_none() { resume_all(&self.vcpus) } else { Ok(()) };
+        times.resumed = monotonic_ns();
+        drop(held);
+        let (mut snapshot, figures) = result?;
+        resumed?;
+        let extents = self.extents_of(&mut snapshot)?;
+        Ok((CutReply { snapshot, figures, times }, extents))
+    }
+
+    /// Names the extent files that a snapshot needs, and returns them in that order.
+    fn extents_of(&self, snapshot: &mut Snapshot) -> Result<Vec<OwnedFd>, MemberError> {
+        let extents = &self.life()?.extents;
+        snapshot.extents = snapshot.backing.iter().flat_map(BackingState::extent_files).collect();
+        if snapshot.extents.len() >= DESCRIPTOR_LIMIT {
+            return Err(MemberError::Protocol("the backing is in too many files of its ancestors"));
+        }
+        let files = snapshot.extents.iter().map(|id| extents.get(*id)).collect::<io::Result<_>>();
+        files.map_err(MemberError::Window)
+    }
+
+    fn save(
+        &self,
+        held: &HeldGate,
+        backing: &Backing,
+        asked_by: Option<usize>,
+    ) -> Result<Snapshot, MemberError> {
+        let live = self.machine.role().map_err(MemberError::Protocol)?;
+        for vcpu in self.vcpus.iter() {
+            if vcpu.open_call()?.is_some() {
+                let is_asked = asked_by == Some(vcpu.index());
+                vcpu.show_result(if is_asked { 0 } else { call::AGAIN })?;
+            }
+        }
+        let no_engine = MemberError::Protocol("this vm has no dma engine");
+        let dma = live.bus.dma.as_ref().ok_or(no_engine)?;
+        Ok(Snapshot {
+            vcpus: self.vcpus.iter().map(VcpuThread::save).collect::<Result<_, _>>()?,
+            vm: self.vm.as_ref().map(|vm| vm.save()).transpose()?,
+            dma: dma.save(held),
+            backing: Some(backing.freeze(held)),
+            extents: Vec::new(),
+            serial: live.bus.serial.save(held),
+        })
+    }
+
+    /// Reports when the last vCPU entered the guest again. One that is inside a call of its own, or
+    /// has ended, went on at the order to resume.
+    pub(super) fn report_reentry(&self, cut: CutId) {
+        let limit = Instant::now() + REENTRY_LIMIT;
+        let mut at = 0;
+        for vcpu in self.vcpus.iter() {
+            let entered = loop {
+                let times = vcpu.times();
+                if times.entered_ns != 0 {
+                    break times.entered_ns;
+                }
+                if vcpu.has_ended() || Instant::now() > limit {
+                    break times.resumed_ns;
+                }
+                std::thread::yield_now();
+            };
+            at = at.max(entered);
+        }
+        let harvest = self.life().and_then(|life| Ok(life.space.harvest()?));
+        match harvest {
+            Ok(report) => self.machine.tell(Event::Reentered { cut, at, pages: report.counts }),
+            Err(error) => self.machine.tell(Event::Trouble(error.to_string())),
+        }
+    }
+}
