@@ -252,8 +252,9 @@ fn json_has_the_documented_keys() {
 fn ask(colony: &Colony, vm: salp::family::VmId, order: PuppetOrder) -> u64 {
     let member = colony.member(vm).expect("it lives");
     member.ask(Order::Puppet { vcpu: 0, order }, &[]).expect("it is taken");
-    let result = member
-        .wait_for(LIMIT, |state| (!state.puppet_results.is_empty()).then(|| state.puppet_results.remove(0).1));
+    let result = member.wait_for(LIMIT, |state| {
+        (!state.puppet_results.is_empty()).then(|| state.puppet_results.remove(0).1)
+    });
     result.expect("a result")
 }
 

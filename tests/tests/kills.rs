@@ -291,7 +291,8 @@ impl Test {
         self.colony.settle();
         self.colony.warm().expect("the pool fills again");
         assert_eq!(self.colony.structure_counts(), (0, 0, 0), "cuts, nodes, records");
-        let used = settled(LIMIT, || self.colony.arena_used_bytes().expect("a number"), |used| *used <= base.1);
+        let used =
+            settled(LIMIT, || self.colony.arena_used_bytes().expect("a number"), |used| *used <= base.1);
         assert!(used <= base.1, "the arena uses {used} bytes, {} at first", base.1);
         let usage = settled(Duration::from_secs(10), Usage::now, |now| now.is_within(&base.0));
         assert!(usage.is_within(&base.0), "{usage:?}, at first {:?}", base.0);

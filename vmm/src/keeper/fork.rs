@@ -230,8 +230,7 @@ impl Shared {
         let files = self.make_cut_files(cut)?;
         let reserved_at = monotonic_ns();
         let order = Order::Cut { cut, previous, asked_by };
-        let answer =
-            member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
+        let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
         self.lock().files.insert(cut, files);
         match answer? {
             (Reply::Cut(reply), extents) => Ok(Taken { reply, extents, reserved_at }),
@@ -290,9 +289,8 @@ impl Shared {
         taken: &Taken,
         member: &Arc<MemberHandle>,
     ) -> Result<Cloned, ColonyError> {
-        let result = self
-            .give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot))
-            .and_then(|vm| {
+        let result =
+            self.give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot)).and_then(|vm| {
                 let order = Order::Become { vm, cut, snapshot: Box::new(taken.reply.snapshot.clone()) };
                 match member.ask(order, &borrow(&taken.extents))? {
                     Reply::Running { at } => Ok(Cloned { vm, running_at: at }),

@@ -17,7 +17,10 @@ pub(super) struct ArenaExtents {
 }
 
 impl ArenaExtents {
-    pub(super) fn new(files: &Arc<MemberFiles>, known: impl IntoIterator<Item = (ExtentFileId, OwnedFd)>) -> Arc<Self> {
+    pub(super) fn new(
+        files: &Arc<MemberFiles>,
+        known: impl IntoIterator<Item = (ExtentFileId, OwnedFd)>,
+    ) -> Arc<Self> {
         Arc::new(Self { files: Arc::clone(files), known: Mutex::new(known.into_iter().collect()) })
     }
 

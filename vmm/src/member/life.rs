@@ -151,6 +151,10 @@ impl Member {
                 self.life()?.services.publish(keep);
                 done()
             }
+            Order::ResolveKnown => {
+                self.life()?.services.resolve_known();
+                done()
+            }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
