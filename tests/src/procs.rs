@@ -141,8 +141,8 @@ impl Random {
         Self(seed)
     }
 
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
+    /// Draws a number.
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -153,7 +153,7 @@ impl Random {
     /// A number below `limit`, which is not 0.
     pub fn below(&mut self, limit: usize) -> usize {
         let limit = u64::try_from(limit).expect("an index fits 64 bits");
-        usize::try_from(self.next() % limit).expect("it is below an index")
+        usize::try_from(self.draw() % limit).expect("it is below an index")
     }
 
     /// Whether a thing happens that happens in `percent` of 100 cases.

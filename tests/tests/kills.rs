@@ -149,7 +149,7 @@ impl Test {
 
     /// Stamps `count` tracked pages from `first`.
     fn store(&mut self, vm: VmId, first: u64, count: u64) {
-        let value = self.random.next();
+        let value = self.random.draw();
         let a = layout::FREE + first * STRIDE;
         let outcome =
             self.order(vm, PuppetOrder { order: order::STORE_STRIDE, a, b: value, c: count, d: STRIDE });
