@@ -165,8 +165,7 @@ impl Member {
                 done()
             }
             Order::ForkResult { vcpu, clone } => {
-                let no_vcpu = MemberError::Protocol("there is no such vcpu");
-                self.machine.mailbox(vcpu).ok_or(no_vcpu)?.put_fork(clone);
+                self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_fork(clone);
                 done()
             }
             Order::Pin { first, pages } => {
@@ -222,8 +221,8 @@ impl Member {
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let extents = ArenaExtents::new(&self.files, []);
         let backing = Backing::new(base, backing_bytes, Arc::<ArenaExtents>::clone(&extents))?;
-        let space = Space::new(window, self.board.clone(), self.setup.slot, self.setup.memory);
-        let space = Arc::new(space);
+        let board = self.board.clone();
+        let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
         self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
         if self.setup.guest == GuestKind::Kvm {
@@ -240,11 +239,10 @@ impl Member {
         vm: VmId,
         cut: CutId,
         snapshot: &Snapshot,
-        descriptors: Vec<OwnedFd>,
+        mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
         let window = self.window()?;
         window.become_clone(cut).map_err(MemberError::Window)?;
-        let mut descriptors = descriptors;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -254,8 +252,8 @@ impl Member {
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
-        let space = Space::new_clone(window, self.board.clone(), self.setup.slot, self.setup.memory, cut);
-        let space = Arc::new(space);
+        let board = self.board.clone();
+        let space = Arc::new(Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut));
         let bus = self.bus(&space, &backing, Some(snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, space, (backing, extents), bus, true)?;
@@ -501,8 +499,7 @@ impl Member {
 
     fn put_order(&self, vcpu: usize, order: PuppetOrder) -> Answer {
         self.life()?;
-        let no_vcpu = MemberError::Protocol("there is no such vcpu");
-        self.machine.mailbox(vcpu).ok_or(no_vcpu)?.put_order(order);
+        self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_order(order);
         done()
     }
 
@@ -574,6 +571,7 @@ impl Member {
     }
 }
 
+const NO_VCPU: MemberError = MemberError::Protocol("there is no such vcpu");
 /// How long to look for the vCPUs' re-entry.
 const REENTRY_LIMIT: Duration = Duration::from_millis(50);
 
