@@ -141,7 +141,7 @@ impl Random {
         Self(seed)
     }
 
-    /// The next number.
+    /// Draws a number.
     pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;

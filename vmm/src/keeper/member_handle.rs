@@ -58,6 +58,8 @@ pub struct MemberHandle {
     state: Mutex<MemberState>,
     changed: Condvar,
     is_gone: AtomicBool,
+    /// It has been told that all it shares is published.
+    pub(super) is_told: AtomicBool,
     reader: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -96,6 +98,7 @@ impl MemberHandle {
             state: Mutex::default(),
             changed: Condvar::new(),
             is_gone: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             reader: Mutex::new(None),
         });
         let (for_reader, keeper) = (Arc::clone(&handle), Arc::downgrade(shared));

@@ -2,6 +2,7 @@
 //! waits for it but by their own wish.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender};
 
 use rustix::fs::FallocateFlags;
@@ -13,6 +14,7 @@ use crate::frames::Frames;
 use crate::ipc::futex;
 use crate::member::extents_name;
 use crate::member::messages::Order;
+use crate::tables::Entry;
 use crate::words::{LEAF_BYTES, PAGE_BYTES, wide};
 
 /// What the steward is to do.
@@ -75,6 +77,7 @@ impl Shared {
             };
             let released = self.release_unneeded(&sweep);
             let dismissed = self.dismiss_images();
+            self.tell_published();
             if released == 0 && dismissed == 0 {
                 return Ok(());
             }
@@ -131,6 +134,24 @@ impl Shared {
             }
         }
         sweep.unneeded.len()
+    }
+
+    /// Tells clones when all that they share is published: nothing of theirs needs to trap any more.
+    fn tell_published(&self) {
+        let members: Vec<_> = {
+            let inner = self.lock();
+            // A root that is a thunk falls through to a cut that is not settled.
+            let is_settled = |vm: &VmId| !matches!(inner.family.root(*vm), Ok(Entry::Thunk(_)) | Err(_));
+            let clones = inner.vms.iter().filter(|(vm, _)| inner.parents.contains_key(vm) && is_settled(vm));
+            clones.map(|(_, member)| Arc::clone(member)).collect()
+        };
+        for member in members {
+            if !member.is_told.swap(true, Ordering::Relaxed)
+                && let Err(error) = member.begin(Order::ResolveKnown, &[])
+            {
+                tracing::debug!(vm = %member.vm(), %error, "a clone is not told");
+            }
+        }
     }
 
     /// Lets images go whose pages nobody needs; returns how many.

@@ -104,6 +104,10 @@ impl Member {
                 self.life()?.services.publish(keep);
                 done()
             }
+            Order::ResolveKnown => {
+                self.life()?.services.resolve_known();
+                done()
+            }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
@@ -114,8 +118,7 @@ impl Member {
                 done()
             }
             Order::ForkResult { vcpu, clone } => {
-                let no_vcpu = MemberError::Protocol("there is no such vcpu");
-                self.machine.mailbox(vcpu).ok_or(no_vcpu)?.put_fork(clone);
+                self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_fork(clone);
                 done()
             }
             Order::Pin { first, pages } => {
@@ -171,8 +174,8 @@ impl Member {
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let extents = ArenaExtents::new(&self.files, []);
         let backing = Backing::new(base, backing_bytes, Arc::<ArenaExtents>::clone(&extents))?;
-        let space = Space::new(window, self.board.clone(), self.setup.slot, self.setup.memory);
-        let space = Arc::new(space);
+        let board = self.board.clone();
+        let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
         self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
         if self.setup.guest == GuestKind::Kvm {
@@ -189,11 +192,10 @@ impl Member {
         vm: VmId,
         cut: CutId,
         snapshot: &Snapshot,
-        descriptors: Vec<OwnedFd>,
+        mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
         let window = self.window()?;
         window.become_clone(cut).map_err(MemberError::Window)?;
-        let mut descriptors = descriptors;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -203,8 +205,8 @@ impl Member {
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
-        let space = Space::new_clone(window, self.board.clone(), self.setup.slot, self.setup.memory, cut);
-        let space = Arc::new(space);
+        let board = self.board.clone();
+        let space = Arc::new(Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut));
         let bus = self.bus(&space, &backing, Some(snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, space, (backing, extents), bus, true)?;
@@ -328,8 +330,7 @@ impl Member {
 
     fn put_order(&self, vcpu: usize, order: PuppetOrder) -> Answer {
         self.life()?;
-        let no_vcpu = MemberError::Protocol("there is no such vcpu");
-        self.machine.mailbox(vcpu).ok_or(no_vcpu)?.put_order(order);
+        self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_order(order);
         done()
     }
 
@@ -410,6 +411,7 @@ impl Member {
     }
 }
 
+const NO_VCPU: MemberError = MemberError::Protocol("there is no such vcpu");
 /// `minflt` of this process, the tenth field of its `stat` (proc(5)); its name may have spaces, so the
 /// fields are counted from the parenthesis that ends it.
 fn minor_faults() -> u64 {

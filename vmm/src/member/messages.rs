@@ -111,6 +111,8 @@ pub enum Order {
         /// What becomes of the VM's own copies.
         keep: Keep,
     },
+    /// All that this VM shares is published: map what it has not touched yet, in the background.
+    ResolveKnown,
     /// Stop vCPUs and hold completions until [`Order::Resume`].
     Quiesce,
     /// Go on.
@@ -230,7 +232,7 @@ pub struct Description {
     pub dma_failed: u64,
     /// Requests taken and not completed.
     pub dma_in_flight: u64,
-    /// Leaves found out at a first touch.
+    /// Leaves found out, at a first touch or because all was published.
     pub leaves_resolved: u64,
     /// Stores that trapped.
     pub store_faults: u64,

@@ -1,4 +1,5 @@
-//! The threads of a source that publish: one answers requests, one works in the background.
+//! The threads that work for clones: one answers requests, one works in the background. As a source a
+//! VM publishes there, as a clone it maps what has been published.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +10,21 @@ use super::machine::MemberMachine;
 use super::messages::Event;
 use crate::board::Board;
 use crate::ipc::futex;
-use crate::space::{Keep, Space};
+use crate::space::{Keep, Space, SpaceError};
 use crate::window::Window;
+
+/// What the background thread is to do next.
+#[derive(Clone, Copy, Default)]
+struct Wanted {
+    publish: Option<Keep>,
+    should_resolve: bool,
+}
+
+impl Wanted {
+    fn is_nothing(self) -> bool {
+        self.publish.is_none() && !self.should_resolve
+    }
+}
 
 /// What the threads share.
 struct Work {
@@ -20,8 +34,7 @@ struct Work {
     slot: u32,
     keep: Keep,
     stop: AtomicBool,
-    /// What the publisher is to do next.
-    wanted: Mutex<Option<Keep>>,
+    wanted: Mutex<Wanted>,
     changed: Condvar,
 }
 
@@ -50,7 +63,7 @@ impl Services {
             slot,
             keep,
             stop: AtomicBool::new(false),
-            wanted: Mutex::new(None),
+            wanted: Mutex::default(),
             changed: Condvar::new(),
         });
         let mut services = Self { work, threads: Vec::new() };
@@ -64,7 +77,13 @@ impl Services {
 
     /// Has everything published that is pending now, in the background.
     pub fn publish(&self, keep: Keep) {
-        *self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner) = Some(keep);
+        self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner).publish = Some(keep);
+        self.work.changed.notify_one();
+    }
+
+    /// Has everything mapped that is known without asking, in the background.
+    pub fn resolve_known(&self) {
+        self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner).should_resolve = true;
         self.work.changed.notify_one();
     }
 
@@ -129,18 +148,27 @@ fn serve(work: &Work) {
     }
 }
 
-/// Publishes everything, each time it is asked to.
+/// Publishes or maps everything, each time it is asked to.
 fn publish(work: &Work) {
     loop {
         let wanted = {
             let wanted = work.wanted.lock().unwrap_or_else(PoisonError::into_inner);
             let mut wanted = work
                 .changed
-                .wait_while(wanted, |wanted| wanted.is_none() && !work.stop.load(Ordering::SeqCst))
+                .wait_while(wanted, |wanted| wanted.is_nothing() && !work.stop.load(Ordering::SeqCst))
                 .unwrap_or_else(PoisonError::into_inner);
-            wanted.take()
+            std::mem::take(&mut *wanted)
         };
-        let Some(keep) = wanted else { return };
+        if wanted.is_nothing() {
+            return;
+        }
+        if wanted.should_resolve
+            && let Err(error) = work.space.resolve_known()
+            && !matches!(error, SpaceError::Stopping)
+        {
+            work.trouble(&error);
+        }
+        let Some(keep) = wanted.publish else { continue };
         loop {
             match work.space.publish_next(keep) {
                 Ok(true) if work.stop.load(Ordering::SeqCst) => return,

@@ -133,6 +133,27 @@ impl<H: Host> Space<H> {
         Ok(())
     }
 
+    /// Maps all trapped leaves that can be found out without asking anybody: when all is published,
+    /// every one that is not lost. A touch that traps costs more than its fault: KVM resolves it as if
+    /// it were a store (its asynchronous page faults ask for a writable page), so that the leaf gets a
+    /// private page and loses its huge mapping.
+    ///
+    /// # Errors
+    /// The space is being stopped, or the host refused.
+    pub fn resolve_known(&self) -> Result<(), SpaceError> {
+        let area = self.board.member(self.slot);
+        for leaf in self.shape.leaves().filter(|leaf| self.backing(*leaf) == Backing::Trapped) {
+            if self.is_stopping() {
+                return Err(SpaceError::Stopping);
+            }
+            match area.walk(|base| resolve(&self.board, Entry::decode(base), leaf)) {
+                Found::Pending(_) | Found::Lost => {}
+                Found::Zero | Found::Shared { .. } => self.resolve_leaf(leaf)?,
+            }
+        }
+        Ok(())
+    }
+
     fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
         let patches = self.board.cut(cut).patches(leaf);
         (patches.first_frame..)

@@ -139,7 +139,7 @@ const PARTLY_PROTECTED: u32 = 2;
 /// Counts of what a space has done, for tests and reports.
 #[derive(Default)]
 pub struct Counters {
-    /// Leaves found out and mapped at a first touch.
+    /// Leaves found out and mapped, at a first touch or because all was published.
     pub leaves_resolved: AtomicU64,
     /// Faults by a store into a protected leaf.
     pub store_faults: AtomicU64,
