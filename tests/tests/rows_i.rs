@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use salp::family::VmId;
 use salp::member::messages::{GuestKind, Order, PuppetOrder};
-use salp::words::{Gfn, Gpa};
+use salp::space::Keep;
+use salp::words::{Gfn, Gpa, LeafNumber};
 use salp_protocol::dma::{flag, register, status};
 use salp_protocol::order;
 use salp_tests::both_guests;
@@ -18,6 +19,7 @@ both_guests! {
     i1_a_disk_read_in_flight;
     i2_a_disk_write_in_flight;
     i3_registered_buffers_across_forks;
+    i6_what_the_kernel_wrote_after_the_cut;
     i7_data_before_its_completion;
 }
 
@@ -29,6 +31,8 @@ const RING: Gfn = EMPTY.gfn(0);
 const BUFFER: Gfn = FULL.gfn(16);
 const SECOND: Gfn = FULL.gfn(32);
 const DISK: u64 = 64 << 10;
+/// Three leaves that a device holds where a pause is to take its time.
+const HELD: LeafNumber = LeafNumber(5);
 
 /// How a transfer is done: by the engine's threads, or by the host's kernel with a registered buffer.
 const BY: [u16; 2] = [0, flag::KERNEL | flag::REGISTERED];
@@ -144,6 +148,28 @@ fn i3_registered_buffers_across_forks(test: &str, guest: GuestKind) {
     world.finish();
 }
 
+/// What the host's kernel writes to a registered buffer passes all protection: the leaf looks as if
+/// nobody had stored to it since the cut, and must not be dropped for its block.
+fn i6_what_the_kernel_wrote_after_the_cut(test: &str, guest: GuestKind) {
+    let kernel = flag::KERNEL | flag::REGISTERED;
+    let Some(world) = World::new(test, guest, &Setup::default()) else { return };
+    let (root, engine) = root_with_disk(&world);
+    world.store_pages(root, FULL.first_gfn(), 512, OLD);
+    // The host's kernel has the pages from the first transfer on.
+    engine.transfer(root, &by(Transfer::write(BUFFER.gpa(), 2 * DISK, LENGTH), kernel));
+    let child = world.fork(root);
+    engine.transfer(root, &by(Transfer::read(DISK, BUFFER.gpa(), LENGTH), kernel));
+    engine.configure(root, register::BUFFER_UNREGISTER, 0);
+    world.publish_all(root, Keep::Shared);
+    assert_eq!(sum(&world, root, BUFFER), 4 * NEW, "the source has what its device wrote");
+    assert_eq!(sum(&world, child, BUFFER), 4 * OLD, "the clone has the cut's buffer");
+    engine.configure(child, register::BUFFER_UNREGISTER, 0);
+    for vm in [root, child] {
+        assert_eq!(world.report(vm).pins, 0, "{vm}");
+    }
+    world.finish();
+}
+
 /// Forks `root` again and again while it works, a different time after each fork.
 fn fork_at_random_moments(world: &World, root: VmId, forks: u32, mut look: impl FnMut(VmId)) {
     for round in 0..forks {
@@ -245,11 +271,13 @@ fn a15_a_devices_two_pages_in_order(test: &str, guest: GuestKind) {
 
 fn i7_data_before_its_completion(test: &str, guest: GuestKind) {
     if guest == GuestKind::Kvm {
-        fork_case(test, "case=dma mib=4 pins=16 depth=8 delay_us=500 kernel=1", 1, 8);
+        // Many pins: between the copy of a buffer and the protection of the ring there is time.
+        fork_case(test, "case=dma mib=4 pins=2048 depth=16 delay_us=0 kernel=1", 1, 12);
         return;
     }
     let Some(world) = World::new(test, guest, &Setup::default()) else { return };
     let (root, engine) = root_with_disk(&world);
+    world.pin(root, HELD.first_gfn(), 3 * 512);
     for round in 1..=60_u64 {
         world.store_pages(root, BUFFER, 4, round);
         engine.transfer(root, &Transfer::write(BUFFER.gpa(), DISK, LENGTH));
@@ -270,5 +298,7 @@ fn i7_data_before_its_completion(test: &str, guest: GuestKind) {
         world.end(child);
     }
     world.expect(root, Gpa(SECOND.gpa().0 + 4096), 60);
+    world.check();
+    world.unpin(root, HELD.first_gfn(), 3 * 512);
     world.finish();
 }
