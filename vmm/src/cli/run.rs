@@ -109,7 +109,8 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     keeper.show_console()?;
     let outcome = keeper.run(|root| {
         let how = root.state.describe();
-        eprintln!("salp: {how}: {}; its clones go on (`salp ps` lists them, Ctrl-C ends them)", root.name);
+        let name = &root.name;
+        eprintln!("salp: {name} {how}; its clones go on (`salp ps` lists them, Ctrl-C ends them)");
     })?;
     Ok(exit_code(&name, &outcome))
 }

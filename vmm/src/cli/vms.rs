@@ -8,7 +8,7 @@ use clap::Args;
 use super::size;
 use crate::control::client::Client;
 use crate::control::place::Place;
-use crate::control::{ControlError, ForkRequest, VmView};
+use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView};
 
 /// What to fork.
 #[derive(Debug, Args)]
@@ -16,7 +16,8 @@ pub struct ForkArguments {
     /// The VM to clone
     source: String,
     /// How many clones
-    #[arg(short = 'n', value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    #[arg(short = 'n', value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=MOST_CLONES))]
     count: u64,
     /// The clone's name; of several, what their names begin with
     #[arg(long)]

@@ -1,13 +1,13 @@
 //! The other end of the socket: what `salp fork`, `ps`, `stop` and `console` do.
 
-use std::io::{self, BufReader, Read as _, Write};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::http::{self, Request};
+use super::http::{self, Request, ResponseHead};
 use super::place::{Found, Place};
 use super::{ControlError, ForkReply, ForkRequest, Problem, StopReply, VmList, VmView};
 
@@ -47,7 +47,7 @@ impl Client {
                 Found::Colony(stream) => match call::<VmList>(stream, "GET", "/v1/vms", &()) {
                     Ok((list, _)) => all.vms.extend(list.vms),
                     // It has ended in between.
-                    Err(ControlError::Socket(_) | ControlError::Protocol(_)) => {}
+                    Err(ControlError::Socket(_) | ControlError::Ending) => {}
                     Err(error) => return Err(error),
                 },
                 Found::Stale => all.stale.push(socket),
@@ -98,7 +98,7 @@ impl Client {
         let path = format!("/v1/vms/{name}/console");
         http::write_request(&mut stream, &Request { method: "GET".to_owned(), path, body: Vec::new() })?;
         let mut from = BufReader::new(stream);
-        let head = http::read_response(&mut from)?;
+        let head = response(&mut from)?;
         if head.status != 200 {
             return Err(problem(&mut from));
         }
@@ -125,6 +125,16 @@ impl Client {
     }
 }
 
+/// A colony that ends closes its connections.
+fn response(from: &mut BufReader<UnixStream>) -> Result<ResponseHead, ControlError> {
+    match from.fill_buf() {
+        Ok([]) => Err(ControlError::Ending),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(ControlError::Ending),
+        Err(error) => Err(error.into()),
+        Ok(_) => http::read_response(from),
+    }
+}
+
 fn problem(from: &mut BufReader<UnixStream>) -> ControlError {
     match serde_json::from_reader::<_, Problem>(from) {
         Ok(problem) => ControlError::Problem(problem),
@@ -142,7 +152,7 @@ fn call<T: DeserializeOwned>(
     let body = if method == "GET" { Vec::new() } else { to_json(body)? };
     http::write_request(&mut stream, &Request { method: method.to_owned(), path: path.to_owned(), body })?;
     let mut from = BufReader::new(stream);
-    let head = http::read_response(&mut from)?;
+    let head = response(&mut from)?;
     if !(200..300).contains(&head.status) {
         return Err(problem(&mut from));
     }

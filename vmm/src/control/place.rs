@@ -208,7 +208,14 @@ impl Place {
     pub fn connect(&self, socket: &str) -> Result<Found, ControlError> {
         match self.try_connect(socket)? {
             Some(stream) => Ok(Found::Colony(stream)),
-            None => self.lock()?.connect(socket),
+            // Its last user may have removed the directory: it is not made again for that.
+            None if !self.exists()? => Ok(Found::Nothing),
+            None => {
+                let locked = self.lock()?;
+                let found = locked.connect(socket);
+                locked.leave();
+                found
+            }
         }
     }
 
@@ -234,8 +241,10 @@ impl Locked<'_> {
         if let Some(stream) = self.place.try_connect(socket)? {
             return Ok(Found::Colony(stream));
         }
+        // Whoever ends in order removes its socket; whoever is killed does not.
+        let was_killed = fs::symlink_metadata(self.place.path.join(socket)).is_ok();
         self.remove_colony(socket)?;
-        Ok(Found::Stale)
+        Ok(if was_killed { Found::Stale } else { Found::Nothing })
     }
 
     /// Binds the socket of this process's colony.
@@ -249,8 +258,7 @@ impl Locked<'_> {
         UnixListener::bind(&path).map_err(|error| self.place.host("listen at", &path, error))
     }
 
-    /// Takes these names for a colony: all of them, or none. Says on the log which stale one was
-    /// cleaned up for that.
+    /// Takes these names for a colony: all of them, or none. One whose colony was killed is free.
     ///
     /// # Errors
     /// One is taken, or is no name.

@@ -113,12 +113,13 @@ impl Keeper {
         let place = Place::of_user();
         let socket = Place::socket_name(std::process::id());
         let locked = place.lock()?;
-        let listener = locked.listen(&socket)?;
-        let presence = Presence { place: place.clone(), socket: socket.clone() };
-        let claimed = claim_root(&locked, settings.name.clone(), &socket);
-        // Before `presence` may have to take it.
+        let prepared = locked.listen(&socket).and_then(|listener| {
+            claim_root(&locked, settings.name.clone(), &socket).map(|name| (listener, name))
+        });
         drop(locked);
-        let name = claimed?;
+        // From here on whatever fails takes it away again; that needs the lock.
+        let presence = Presence { place: place.clone(), socket: socket.clone() };
+        let (listener, name) = prepared?;
         if settings.is_background {
             redirect_errors(place.log(std::process::id()))?;
         }
@@ -343,7 +344,7 @@ fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
 }
 
 fn claim_root(locked: &Locked<'_>, name: Option<String>, socket: &str) -> Result<String, ControlError> {
-    let name = name.map_or_else(|| locked.free_names("salp", 1).concat(), |name| name);
+    let name = name.unwrap_or_else(|| locked.free_names("salp", 1).concat());
     locked.claim(std::slice::from_ref(&name), socket)?;
     Ok(name)
 }
