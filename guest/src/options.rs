@@ -12,6 +12,7 @@
 //! | `rate` | dma | the engine's bytes per second, 0 for no limit | 0 |
 //! | `companion_rate` | dma, fork | page writes a second of the vCPUs beyond the first | 10000 |
 //! | `us` | idle | microseconds of each sleep | 100000 |
+//! | `say` | idle | rounds between lines on the console, 0 for none | 0 |
 //! | `wait` | idle | `sleep` (by call) or `hlt` (local APIC timer) | sleep |
 //! | `nest` | fork | levels of clones that fork in their turn | 0 |
 //! | `depth` | dma | transfers in flight, 1 to 128 | 4 |
@@ -32,12 +33,13 @@ use salp_protocol::{exit, layout};
 use crate::call;
 use crate::serial::print;
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "case",
     "cpus",
     "mib",
     "rounds",
     "words",
+    "say",
     "every",
     "rate",
     "companion_rate",

@@ -1,11 +1,13 @@
 //! `idle`: fills its memory once, then sleeps, `us=` microseconds a round, using no CPU. By call, or
 //! with `wait=hlt` in HLT until the local APIC's timer interrupts. Memory is checked at the end.
+//! With `say=` it prints a line now and then.
 
 use crate::call;
 use crate::checked::Patterned;
 use crate::entry;
 use crate::memory::{PAGE_WORDS, Supply};
 use crate::options::{Options, usage};
+use crate::serial::print;
 use crate::worker::Worker;
 
 /// The timer's vector on vCPU 0; each vCPU has its own.
@@ -24,6 +26,8 @@ pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worke
     if halting {
         entry::enable_interrupts();
     }
+    let every = options.number("say", 0);
+    let mut round = 0;
     let area = Patterned { pages, words: PAGE_WORDS };
     area.fill_all(SALT);
     loop {
@@ -35,6 +39,11 @@ pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worke
             }
         } else {
             call::sleep(time_us);
+        }
+        round += 1;
+        if every > 0 && round % every == 0 {
+            // The number of rounds is the guest's own memory: a clone's goes on where its source's was.
+            print(format_args!("vm {} round {round}", call::who()));
         }
         if !(worker.count_rounds(1) & worker.report()) {
             break;

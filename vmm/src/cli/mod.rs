@@ -2,7 +2,9 @@
 
 pub mod demo;
 pub mod interrupt;
+pub mod run;
 pub mod size;
+pub mod vms;
 
 use std::process::ExitCode;
 
@@ -23,6 +25,16 @@ struct Arguments {
 enum Command {
     /// Fork a running VM with DMA in flight, again and again, and show that every byte is right
     Demo(demo::DemoArguments),
+    /// Start a VM; it can then be forked from elsewhere
+    Run(run::RunArguments),
+    /// Clone a running VM
+    Fork(vms::ForkArguments),
+    /// List the VMs of all your colonies
+    Ps(vms::PsArguments),
+    /// End a VM; with the last one its colony ends
+    Stop(vms::NameArguments),
+    /// Show what a VM has written, and what it writes, until it ends
+    Console(vms::NameArguments),
 }
 
 /// Exit status after an error that is not the guest's.
@@ -34,22 +46,33 @@ const USAGE: u8 = 2;
 #[must_use]
 pub fn main() -> ExitCode {
     start_logging();
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == MEMBER_ARGUMENT) {
-        return match member::run() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        };
+    // Processes that salp starts of itself are no commands.
+    let mut hidden = std::env::args_os().skip(1);
+    match hidden.next() {
+        Some(argument) if argument == MEMBER_ARGUMENT => {
+            return end(member::run().map(|()| ExitCode::SUCCESS));
+        }
+        Some(argument) if argument == run::KEEPER_ARGUMENT => {
+            return end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy()));
+        }
+        _ => {}
     }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
     match arguments.command {
-        Command::Demo(arguments) => match demo::run(&arguments) {
-            Ok(code) => code,
-            Err(error) => fail(&error),
-        },
+        Command::Demo(arguments) => end(demo::run(&arguments)),
+        Command::Run(arguments) => end(run::run(&arguments)),
+        Command::Fork(arguments) => end(vms::fork(&arguments)),
+        Command::Ps(arguments) => end(vms::ps(&arguments)),
+        Command::Stop(arguments) => end(vms::stop(&arguments)),
+        Command::Console(arguments) => end(vms::console(&arguments)),
     }
+}
+
+fn end<E: std::fmt::Display>(result: Result<ExitCode, E>) -> ExitCode {
+    result.unwrap_or_else(|error| fail(&error))
 }
 
 /// Says in one line what is wrong with the command line; help and version are what was asked for.

@@ -1,6 +1,6 @@
 //! A fork: one cut, any number of clones.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -121,11 +121,17 @@ impl Colony {
     }
 }
 
-fn entered_at(description: &Description) -> Option<u64> {
+pub(super) fn entered_at(description: &Description) -> Option<u64> {
     description.vcpus.iter().map(|times| times.entered_ns).filter(|at| *at != 0).min()
 }
 
-fn times_of(forked: &Forked, clone: &Cloned, reentered: u64, first_exit: u64, entered: u64) -> ForkTimes {
+pub(super) fn times_of(
+    forked: &Forked,
+    clone: &Cloned,
+    reentered: u64,
+    first_exit: u64,
+    entered: u64,
+) -> ForkTimes {
     let us = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e3;
     let times = &forked.times;
     // A vCPU that was stopped again since then (for the next cut) has later times: the order to run
@@ -297,7 +303,10 @@ impl Shared {
         let result =
             self.give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot)).and_then(|vm| {
                 let order = Order::Become { vm, cut, snapshot: Box::new(taken.reply.snapshot.clone()) };
-                match member.ask(order, &borrow(&taken.extents))? {
+                // The base of the DMA engine's backing first, as at the boot.
+                let base = self.config.backing_base.iter().map(|file| file.as_fd());
+                let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
+                match member.ask(order, &descriptors)? {
                     Reply::Running { at } => Ok(Cloned { vm, running_at: at }),
                     _ => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
                 }

@@ -246,6 +246,11 @@ impl MemberHandle {
         self.waiting().clear();
         self.state().is_gone = true;
         self.changed.notify_all();
+        if let (Some(observer), Some(vm)) =
+            (keeper.upgrade().and_then(|keeper| keeper.observer()), self.named())
+        {
+            observer.gone(vm);
+        }
     }
 
     fn take(&self, message: Message, descriptors: Vec<OwnedFd>, keeper: &Weak<Shared>) {
@@ -269,6 +274,7 @@ impl MemberHandle {
                 keeper.post(job);
             }
         };
+        let observer = || keeper.upgrade().and_then(|keeper| keeper.observer());
         let mut state = self.state();
         match event {
             Event::Progress(progress) => {
@@ -285,12 +291,20 @@ impl MemberHandle {
                 state.finished_cuts.extend(cuts);
                 post(Job::Sweep);
             }
-            Event::Ended { status, text } => state.ended = Some((status, text)),
+            Event::Ended { status, text } => {
+                if let Some(observer) = observer() {
+                    observer.ended(self.vm(), status, &text);
+                }
+                state.ended = Some((status, text));
+            }
             Event::Trouble(text) => {
                 tracing::warn!(vm = %self.vm(), %text, "a member is in trouble");
                 state.troubles.push(text);
             }
-            Event::Console(bytes) => state.console.extend(bytes),
+            Event::Console(bytes) => match observer() {
+                Some(observer) => observer.console(self.vm(), &bytes),
+                None => state.console.extend(bytes),
+            },
         }
         drop(state);
         self.changed.notify_all();

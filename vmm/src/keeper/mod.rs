@@ -10,6 +10,7 @@
 //! | [`fork`] | a cut and its clones |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
+//! | [`observe`] | who is told what happens on its own |
 //!
 //! # Locks
 //! `inner` (family, names, files) is never held while a member is asked something.
@@ -17,14 +18,16 @@
 pub mod checker;
 pub mod fork;
 pub mod member_handle;
+pub mod observe;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -121,6 +124,8 @@ pub struct ColonyConfig {
     pub arena: ArenaChoice,
     /// Size of the DMA engine's backing, in bytes.
     pub backing_bytes: u64,
+    /// The file that the DMA engine's backing begins with, read only.
+    pub backing_base: Option<Arc<File>>,
     /// The salp binary, if it is not this process's.
     pub program: Option<PathBuf>,
 }
@@ -139,6 +144,7 @@ impl ColonyConfig {
             members: 256,
             arena: ArenaChoice::Best,
             backing_bytes: 64 << 20,
+            backing_base: None,
             program: None,
         }
     }
@@ -171,6 +177,7 @@ pub(crate) struct Shared {
     changed: Condvar,
     jobs: Mutex<Sender<Job>>,
     is_closing: AtomicBool,
+    observer: OnceLock<Weak<dyn observe::Observer>>,
 }
 
 /// A colony, from the inside of its keeper. Dropping it ends every VM and process.
@@ -223,6 +230,7 @@ impl Colony {
             changed: Condvar::new(),
             jobs: Mutex::new(jobs),
             is_closing: AtomicBool::new(false),
+            observer: OnceLock::new(),
         });
         let for_steward = Arc::clone(&shared);
         let steward = std::thread::Builder::new()
@@ -278,7 +286,8 @@ impl Colony {
             command_line: command_line.to_owned(),
             backing_bytes: self.shared.config.backing_bytes,
         };
-        match member.ask(order, &[]) {
+        let base: Vec<_> = self.shared.config.backing_base.iter().map(|file| file.as_fd()).collect();
+        match member.ask(order, &base) {
             Ok(_) => Ok(vm),
             Err(error) => {
                 member.kill();

@@ -206,8 +206,13 @@ impl Shared {
     fn fork_for_guest(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<(), ColonyError> {
         let forked = self.fork(vm, 1, Some(vcpu));
         let clone = forked.as_ref().ok().and_then(|forked| forked.clones.first()).map(|clone| clone.vm);
-        let answered = self.member(vm)?.ask(Order::ForkResult { vcpu, clone }, &[]);
-        forked?;
+        let answer = Order::ForkResult { vcpu, clone };
+        let answered = self.member(vm).and_then(|member| member.ask(answer, &[]));
+        let forked = forked?;
+        // Also where the source has ended meanwhile.
+        if let Some(observer) = self.observer() {
+            observer.forked(&forked);
+        }
         answered.map(|_| ())
     }
 }

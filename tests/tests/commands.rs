@@ -1,0 +1,430 @@
+//! The commands, with the real binary, each from a process of its own: run, fork, ps, stop, console;
+//! what users get wrong, colonies that were killed, and the control socket itself. Nothing is left
+//! behind by any of it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use salp_tests::GuestKind;
+use salp_tests::procs::{MARK, Scratch, entries, expect_nothing_left, salp_binary, settled};
+use salp_tests::world::can_run;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// How long nothing may happen.
+const IDLE: Duration = Duration::from_secs(2);
+/// A guest that prints a line every 10 ms.
+const TALKER: &str = "case=idle mib=1 us=10000 say=1";
+/// A guest that does nothing until it is told to, which is never.
+const SLEEPER: &str = "case=puppet";
+
+/// A user with a directory of sockets of their own.
+struct User {
+    scratch: Scratch,
+    mark: String,
+}
+
+impl User {
+    /// None: the host cannot run a VM.
+    fn new(test: &str) -> Option<Self> {
+        can_run(test, GuestKind::Kvm)
+            .then(|| Self { scratch: Scratch::new(test), mark: format!("{test}-{}", std::process::id()) })
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(salp_binary());
+        command.args(arguments).env(MARK, &self.mark).env("TMPDIR", self.scratch.path());
+        command.env_remove("XDG_RUNTIME_DIR").current_dir(self.scratch.path());
+        command
+    }
+
+    fn output(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("salp starts")
+    }
+
+    /// What a command prints that must succeed and say nothing else.
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{arguments:?}: {} {said}", output.status);
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Fails, saying one line in which all of `words` are.
+    fn fail(&self, arguments: &[&str], status: i32, words: &[&str]) {
+        expect_refusal(&self.output(arguments), status, words);
+    }
+
+    /// A VM in the background.
+    fn run(&self, name: &str, command_line: &str) {
+        let printed =
+            self.succeed(&["run", "--detach", "--memory", "32M", "--name", name, "--cmdline", command_line]);
+        assert_eq!(printed, format!("{name}\n"));
+    }
+
+    /// A VM in the foreground, running.
+    fn start(&self, name: &str, command_line: &str) -> Child {
+        let mut command =
+            self.command(&["run", "--memory", "32M", "--name", name, "--cmdline", command_line]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("salp starts");
+        let mut line = String::new();
+        let mut from = BufReader::new(child.stderr.take().expect("it is piped"));
+        from.read_line(&mut line).expect("it says that it runs");
+        assert!(line.contains(&format!("{name} runs")), "{line}");
+        child.stderr = Some(from.into_inner());
+        child
+    }
+
+    fn ps(&self) -> Vec<Value> {
+        match serde_json::from_str(&self.succeed(&["ps", "--json"])).expect("json") {
+            Value::Array(vms) => vms,
+            other => panic!("no list: {other}"),
+        }
+    }
+
+    fn vm(&self, name: &str) -> Value {
+        let found = self.ps().into_iter().find(|vm| vm["name"] == name);
+        found.unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    fn keeper(&self, name: &str) -> u32 {
+        let pid = self.vm(name)["keeper_pid"].as_u64().expect("a number");
+        u32::try_from(pid).expect("a process's number")
+    }
+
+    /// The lines that a VM's console file has.
+    fn lines(&self, name: &str) -> Vec<String> {
+        let path = PathBuf::from(self.vm(name)["console"].as_str().expect("a path"));
+        fs::read_to_string(path).expect("the console's file").lines().map(str::to_owned).collect()
+    }
+
+    fn place(&self) -> PathBuf {
+        self.scratch.path().join(format!("salp-{}", rustix::process::geteuid().as_raw()))
+    }
+
+    fn end(self) {
+        expect_nothing_left(&self.mark, &self.scratch);
+    }
+}
+
+fn expect_refusal(output: &Output, status: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "status of: {said}");
+    assert_eq!(said.lines().count(), 1, "one line, not:\n{said}");
+    assert!(said.starts_with("salp: "), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in: {said}");
+    }
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+fn signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).expect("a process's number"));
+    rustix::process::kill_process(pid.expect("not 0"), signal).expect("it exists");
+}
+
+/// The rounds that a line `vm V round N` of VM `vm` tells.
+fn round(line: &str, vm: u64) -> Option<u64> {
+    line.strip_prefix(&format!("vm {vm} round "))?.parse().ok()
+}
+
+#[test]
+fn a_family_is_run_forked_listed_watched_and_stopped() {
+    let Some(user) = User::new("commands-family") else { return };
+    user.run("a", TALKER);
+    settled(LIMIT, || user.lines("a").len(), |count| *count >= 2);
+    let printed = user.succeed(&["fork", "a", "-n", "2"]);
+    let lines: Vec<_> = printed.lines().collect();
+    assert_eq!(lines.len(), 2, "{printed}");
+    for (line, name) in lines.iter().zip(["a-1", "a-2"]) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!((words[0], words[1], words[3], words[4]), (name, "pause", "us", "call"), "{line}");
+        assert!(words[2].parse::<u64>().is_ok_and(|us| us > 0), "{line}");
+    }
+    user.succeed(&["fork", "a-1", "--name", "kid"]);
+    let vms = user.ps();
+    let names: Vec<_> = vms.iter().map(|vm| (vm["name"].as_str(), vm["parent"].as_str())).collect();
+    let (a, first) = (Some("a"), Some("a-1"));
+    assert_eq!(names, [(a, None), (first, a), (Some("a-2"), a), (Some("kid"), first)]);
+    for vm in &vms {
+        assert_eq!((vm["state"].as_str(), vm["memory_bytes"].as_u64()), (Some("running"), Some(32 << 20)));
+        assert!(vm["pid"].as_u64().is_some_and(|pid| entries("/proc").contains(&pid.to_string())));
+        expect_own_lines(&user, vm);
+    }
+    let table = user.succeed(&["ps"]);
+    assert_eq!(table.lines().count(), 5, "{table}");
+    // One who watches gets everything from the beginning, and ends with the VM.
+    let watch = user.command(&["console", "kid"]).stdout(Stdio::piped()).spawn();
+    let mut watch = watch.expect("salp starts");
+    let mut from = BufReader::new(watch.stdout.take().expect("it is piped"));
+    let mut first_line = String::new();
+    from.read_line(&mut first_line).expect("a line");
+    assert!(round(first_line.trim_end(), 4).is_some(), "{first_line}");
+    for name in ["a", "kid", "a-2"] {
+        user.succeed(&["stop", name]);
+        assert_eq!(user.vm(name)["state"], "stopped");
+        assert!(user.vm(name)["pid"].is_null());
+        user.fail(&["fork", name], 1, &[name, "stopped"]);
+        user.fail(&["stop", name], 1, &[name, "stopped"]);
+    }
+    from.read_to_string(&mut String::new()).expect("the rest");
+    assert!(watch.wait().expect("it ends").success());
+    expect_own_lines(&user, &user.vm("a-1"));
+    user.succeed(&["stop", "a-1"]);
+    assert_eq!(user.ps(), Vec::<Value>::new());
+    user.end();
+}
+
+/// The VM prints three more lines, which say its own number, in order.
+fn expect_own_lines(user: &User, vm: &Value) {
+    let (name, id) = (vm["name"].as_str().expect("a text"), vm["id"].as_u64().expect("a number"));
+    let before = user.lines(name).len();
+    let lines = settled(LIMIT, || user.lines(name), |lines| lines.len() >= before + 3);
+    assert!(lines.len() >= before + 3, "{name} says no more: {lines:?}");
+    let rounds: Vec<_> = lines.iter().map(|line| round(line, id)).collect();
+    // A clone may have been cut within a line: its first is its source's rest.
+    for pair in rounds[1..].windows(2) {
+        assert!(pair[0].is_some() && pair[0].map(|round| round + 1) == pair[1], "{name}: {lines:?}");
+    }
+}
+
+#[test]
+fn a_run_in_the_foreground_ends_with_its_guests_status() {
+    let Some(user) = User::new("commands-status") else { return };
+    let good =
+        user.output(&["run", "--memory", "32M", "--cmdline", "case=idle mib=1 us=1000 rounds=3 say=1"]);
+    assert!(good.status.success(), "{good:?}");
+    assert_eq!(String::from_utf8_lossy(&good.stdout), "vm 1 round 1\nvm 1 round 2\nvm 1 round 3\n");
+    let bad = user.output(&["run", "--memory", "32M", "--cmdline", "case=nonsense"]);
+    assert_eq!(bad.status.code(), Some(126), "{bad:?}");
+    assert!(String::from_utf8_lossy(&bad.stdout).contains("unknown case nonsense"));
+    assert!(String::from_utf8_lossy(&bad.stderr).contains("salp-1 ended with 126"));
+    for (number, status) in [(rustix::process::Signal::INT, 130), (rustix::process::Signal::TERM, 143)] {
+        let child = user.start("x", SLEEPER);
+        user.succeed(&["fork", "x"]);
+        signal(child.id(), number);
+        assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(status));
+    }
+    let child = user.start("x", SLEEPER);
+    user.succeed(&["stop", "x"]);
+    assert_eq!(child.wait_with_output().expect("it ends").status.code(), Some(143));
+    user.end();
+}
+
+#[test]
+fn a_colony_lives_until_its_last_vm() {
+    let Some(user) = User::new("commands-last") else { return };
+    // The root ends by itself while its clone, which was told the same, may still run.
+    let child = user.start("root", "case=idle mib=1 us=100000 rounds=20");
+    user.succeed(&["fork", "root", "--name", "clone"]);
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{output:?}");
+    // A guest that forks itself: its clones have names too.
+    user.run("self", "case=fork mib=1 rounds=1");
+    let left = settled(LIMIT, || user.ps().len(), |count| *count == 0);
+    assert_eq!(left, 0, "a colony of guests that end does not end");
+    // A process that is killed takes its VM along, not the others.
+    user.run("b", SLEEPER);
+    user.succeed(&["fork", "b"]);
+    let pid = user.vm("b")["pid"].as_u64().expect("a number");
+    signal(u32::try_from(pid).expect("a process's number"), rustix::process::Signal::KILL);
+    let state = settled(LIMIT, || user.vm("b")["state"].clone(), |state| state != "running");
+    assert_eq!(state, "ended");
+    user.fail(&["fork", "b"], 1, &["b does not run", "killed"]);
+    user.succeed(&["stop", "b-1"]);
+    user.end();
+}
+
+#[test]
+fn names_belong_to_one_vm_of_all_colonies() {
+    let Some(user) = User::new("commands-names") else { return };
+    user.run("a", SLEEPER);
+    user.run("b", SLEEPER);
+    assert_eq!(user.succeed(&["run", "--detach", "--memory", "32M", "--cmdline", SLEEPER]), "salp-1\n");
+    user.fail(&["run", "--detach", "--memory", "32M", "--name", "a"], 1, &["a is taken"]);
+    user.fail(&["run", "--memory", "32M", "--name", "b"], 1, &["b is taken"]);
+    user.fail(&["fork", "a", "--name", "b"], 1, &["b is taken"]);
+    user.succeed(&["fork", "b", "--name", "c-2"]);
+    user.fail(&["fork", "a", "-n", "3", "--name", "c"], 1, &["c-2 is taken"]);
+    user.succeed(&["fork", "a", "--name", "c-1"]);
+    for command in ["fork", "stop", "console"] {
+        user.fail(&[command, "nobody"], 1, &["no vm is called nobody", "salp ps"]);
+        user.fail(&[command, "../a"], 1, &["../a", "cannot be a name"]);
+    }
+    let names: Vec<_> = user.ps().iter().map(|vm| vm["name"].as_str().map(str::to_owned)).collect();
+    assert_eq!(names.len(), 5, "{names:?}");
+    for name in names.into_iter().flatten() {
+        user.succeed(&["stop", &name]);
+    }
+    user.end();
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_in_one_line() {
+    let Some(user) = User::new("commands-wrong") else { return };
+    let long = "x".repeat(5000);
+    let cases: [(&[&str], i32, &[&str]); 14] = [
+        (&["run", "--memory", "3M"], 1, &["multiple of 2M"]),
+        (&["run", "--memory", "4M"], 1, &["16M"]),
+        (&["run", "--memory", "100T"], 1, &["64G"]),
+        (&["run", "--memory", "lots"], 2, &["lots"]),
+        (&["run", "--cpus", "0"], 2, &["--cpus"]),
+        (&["run", "--cpus", "9"], 2, &["--cpus"]),
+        (&["run", "--name", "a/b"], 1, &["a/b", "cannot be a name"]),
+        (&["run", "--dma-backing", "absent"], 1, &["--dma-backing absent", "No such file"]),
+        (&["run", "--dma-backing", "/"], 1, &["--dma-backing /", "no regular file"]),
+        (&["run", "--detach", "--memory", "32M", "--cmdline", &long], 1, &["5000 bytes"]),
+        (&["fork"], 2, &["<SOURCE>"]),
+        (&["fork", "a", "-n", "0"], 2, &["1..=64"]),
+        (&["fork", "a", "-n", "65"], 2, &["1..=64"]),
+        (&["stop"], 2, &["<NAME>"]),
+    ];
+    for (arguments, status, words) in cases {
+        user.fail(arguments, status, words);
+    }
+    fs::create_dir(user.place()).expect("a new directory");
+    fs::set_permissions(user.place(), PermissionsExt::from_mode(0o755)).expect("it is ours");
+    for arguments in [&["run", "--memory", "32M"][..], &["ps"], &["stop", "a"]] {
+        user.fail(arguments, 1, &["others may enter it", "chmod 700"]);
+    }
+    fs::remove_dir(user.place()).expect("it is empty");
+    let deep = user.scratch.path().join("d".repeat(120));
+    fs::create_dir(&deep).expect("a new directory");
+    let output = user.command(&["run", "--memory", "32M"]).env("XDG_RUNTIME_DIR", &deep).output();
+    expect_refusal(&output.expect("salp starts"), 1, &["cannot listen at", "SUN_LEN"]);
+    assert_eq!(entries(&deep.to_string_lossy()), Vec::<String>::new());
+    fs::remove_dir(&deep).expect("it is empty");
+    user.end();
+}
+
+#[test]
+fn what_a_killed_colony_left_is_cleaned_up_and_said() {
+    let Some(user) = User::new("commands-stale") else { return };
+    let kill = |name: &str| {
+        let pid = user.keeper(name);
+        signal(pid, rustix::process::Signal::KILL);
+        let gone = settled(LIMIT, || entries("/proc").contains(&pid.to_string()), |is_there| !is_there);
+        assert!(!gone, "the keeper stays");
+    };
+    user.run("a", SLEEPER);
+    user.succeed(&["fork", "a"]);
+    kill("a");
+    user.fail(&["fork", "a"], 1, &["the colony of a was killed", "cleaned up"]);
+    user.fail(&["fork", "a-1"], 1, &["no vm is called a-1"]);
+    user.run("a", SLEEPER);
+    kill("a");
+    // The name is free again at once.
+    user.run("a", SLEEPER);
+    kill("a");
+    let listed = user.output(&["ps", "--json"]);
+    assert!(listed.status.success() && listed.stdout == b"[]\n", "{listed:?}");
+    assert!(String::from_utf8_lossy(&listed.stderr).contains("was killed"), "{listed:?}");
+    user.end();
+}
+
+#[test]
+fn clones_have_the_dma_backing_and_its_file_is_not_written() {
+    let Some(user) = User::new("commands-backing") else { return };
+    let file = user.scratch.path().join("base");
+    let bytes: Vec<u8> = (0..4_u32 << 20).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    fs::write(&file, &bytes).expect("room for it");
+    let command_line = "case=dma mib=2 dirty=4";
+    let path = file.to_string_lossy();
+    let arguments = ["run", "--detach", "--memory", "32M", "--dma-backing", &path, "--cmdline", command_line];
+    assert_eq!(user.succeed(&arguments), "salp-1\n");
+    user.succeed(&["fork", "salp-1", "--name", "a"]);
+    user.succeed(&["fork", "a", "--name", "b"]);
+    for vm in user.ps() {
+        assert_eq!(vm["state"], "running", "{vm}");
+        assert_eq!(user.lines(vm["name"].as_str().expect("a text")), Vec::<String>::new());
+    }
+    for name in ["b", "salp-1", "a"] {
+        user.succeed(&["stop", name]);
+    }
+    assert!(fs::read(&file).expect("it is there") == bytes, "the file was written");
+    fs::remove_file(&file).expect("it is ours");
+    user.end();
+}
+
+/// What a colony answers to these bytes.
+fn exchange(socket: &PathBuf, request: &str) -> (u16, String) {
+    let mut stream = UnixStream::connect(socket).expect("it listens");
+    stream.write_all(request.as_bytes()).expect("it reads");
+    stream.shutdown(std::net::Shutdown::Write).expect("a connection");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    let status = answer.split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a status");
+    (status, answer)
+}
+
+#[test]
+fn the_socket_speaks_http_and_says_what_is_wrong() {
+    let Some(user) = User::new("commands-socket") else { return };
+    user.run("a", SLEEPER);
+    let socket = user.place().join(format!("colony-{}.sock", user.keeper("a")));
+    let post = |path: &str, body: &str| {
+        format!("POST {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    };
+    let cases = [
+        ("GET /v1/vms HTTP/1.1\r\n\r\n".to_owned(), 200, "\"name\":\"a\""),
+        ("GET /v1/vms/a HTTP/1.1\r\n\r\n".to_owned(), 200, "\"state\":\"running\""),
+        ("GET /v1/vms/b HTTP/1.1\r\n\r\n".to_owned(), 404, "unknown-vm"),
+        ("GET /nowhere HTTP/1.1\r\n\r\n".to_owned(), 404, "unknown-path"),
+        ("DELETE /v1/vms HTTP/1.1\r\n\r\n".to_owned(), 405, "wrong-method"),
+        ("nonsense\r\n\r\n".to_owned(), 400, "bad-request"),
+        ("GET /v1/vms HTTP/1.1\r\n".to_owned(), 400, "bad-request"),
+        (post("/v1/vms/a/fork", "{\"count\":"), 400, "bad-request"),
+        (post("/v1/vms/a/fork", "{\"counts\":1}"), 400, "counts"),
+        (post("/v1/vms/a/fork", "{\"count\":0}"), 422, "bad-count"),
+        (post("/v1/vms/a/fork", "{\"name\":\"a b\"}"), 422, "bad-name"),
+        (post("/v1/vms/a/fork", "{\"name\":\"a\"}"), 409, "name-taken"),
+        (post("/v1/vms/a/fork", ""), 201, "\"name\":\"a-1\""),
+        (post("/v1/vms/a/stop", ""), 200, "\"is_colony_ending\":false"),
+        (post("/v1/vms/a/stop", ""), 409, "not-running"),
+    ];
+    for (request, status, word) in cases {
+        let (got, answer) = exchange(&socket, &request);
+        assert!(got == status && answer.contains(word), "{request:?}: {answer}");
+        assert_eq!(answer.contains("application/problem+json"), status >= 400, "{answer}");
+    }
+    user.succeed(&["stop", "a-1"]);
+    user.end();
+}
+
+/// How often the threads of a process have gone to sleep.
+fn switches(pid: u32) -> u64 {
+    let tasks = entries(&format!("/proc/{pid}/task"));
+    let status = |task: &String| fs::read_to_string(format!("/proc/{pid}/task/{task}/status"));
+    let texts = tasks.iter().filter_map(|task| status(task).ok()).collect::<String>();
+    let lines = texts.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
+    lines.filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn an_idle_colony_uses_no_processor() {
+    let Some(user) = User::new("commands-idle") else { return };
+    user.run("a", SLEEPER);
+    user.succeed(&["fork", "a", "-n", "2"]);
+    let vms = user.ps();
+    let members = vms.iter().filter_map(|vm| u32::try_from(vm["pid"].as_u64()?).ok());
+    let pids: Vec<_> = members.chain([user.keeper("a")]).collect();
+    assert_eq!(pids.len(), 4);
+    let sum = || pids.iter().map(|pid| switches(*pid)).sum::<u64>();
+    // Memory is published after a fork, and the pool is filled: that ends.
+    let still = || {
+        let before = sum();
+        std::thread::sleep(IDLE);
+        sum() - before
+    };
+    let switched = settled(LIMIT, still, |switched| *switched == 0);
+    assert_eq!(switched, 0, "threads of an idle colony wake");
+    for name in ["a-1", "a", "a-2"] {
+        user.succeed(&["stop", name]);
+    }
+    user.end();
+}

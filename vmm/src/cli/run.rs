@@ -1,0 +1,231 @@
+//! `salp run`: this process, or one in the background, becomes the keeper of a new colony.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{AsFd as _, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use thiserror::Error;
+
+use super::{interrupt, size};
+use crate::control::ControlError;
+use crate::control::VmState;
+use crate::control::client::Client;
+use crate::control::place::{Place, check_name};
+use crate::control::registry::Entry;
+use crate::control::service::{Keeper, Outcome, Settings};
+use crate::ipc::spawn::{self, SpawnError};
+use crate::keeper::available_memory_bytes;
+use crate::kvm::{Kvm, KvmError};
+use crate::words::{MemoryShape, MemoryShapeError};
+
+/// The argument that makes `salp` a keeper in the background.
+pub const KEEPER_ARGUMENT: &str = "__keeper";
+/// The descriptor at which it says whether it could start.
+const REPORT_NUMBER: RawFd = 3;
+/// What the built-in guest needs at least.
+const LEAST_BYTES: u64 = 16 << 20;
+
+/// What runs.
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Memory of each VM of the colony
+    #[arg(long, default_value = "512M", value_parser = size::parse)]
+    memory: u64,
+    /// vCPUs of each VM of the colony
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    cpus: u8,
+    /// The VM's name; without it one is made up
+    #[arg(long)]
+    name: Option<String>,
+    /// What the built-in guest is told: its case and options
+    #[arg(long, default_value = "case=idle")]
+    cmdline: String,
+    /// A file that the DMA engine's storage begins with; it is never written
+    #[arg(long, value_name = "FILE")]
+    dma_backing: Option<PathBuf>,
+    /// Run in the background: print the name when the VM runs
+    #[arg(long)]
+    detach: bool,
+}
+
+/// Why a colony could not be started.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The memory size.
+    #[error("{0}")]
+    Shape(#[from] MemoryShapeError),
+    /// The guest needs more than that.
+    #[error("the built-in guest needs 16M of memory at least, --memory gives {0}")]
+    TooSmall(String),
+    /// The host has less.
+    #[error("--memory {asked} is more than the {available} that this host has available: give less")]
+    TooMuch {
+        /// What was asked for.
+        asked: String,
+        /// What there is.
+        available: String,
+    },
+    /// The file of the DMA engine's storage.
+    #[error("--dma-backing {}: {why}", path.display())]
+    Backing {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// KVM.
+    #[error("{0}")]
+    Kvm(#[from] KvmError),
+    /// The colony and its names.
+    #[error("{0}")]
+    Control(#[from] ControlError),
+    /// The process in the background.
+    #[error("{0}")]
+    Spawn(#[from] SpawnError),
+    /// What the process in the background said.
+    #[error("{0}")]
+    Background(String),
+    /// Standard output, or the host.
+    #[error("{0}")]
+    Host(#[from] std::io::Error),
+}
+
+/// Runs a VM to its end, or starts it in the background.
+///
+/// # Errors
+/// What kept it from starting; a guest's end is no error but an exit status.
+pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
+    let settings = settings(arguments)?;
+    if arguments.detach {
+        return detach(&settings);
+    }
+    let keeper = Keeper::start(settings)?;
+    let name = keeper.root()?.name;
+    eprintln!("salp: {name} runs: `salp fork {name}` clones it, Ctrl-C ends it");
+    keeper.show_console()?;
+    let outcome = keeper.run(|root| {
+        let how = root.state.describe();
+        let name = &root.name;
+        eprintln!("salp: {name} {how}; its clones go on (`salp ps` lists them, Ctrl-C ends them)");
+    })?;
+    Ok(exit_code(&name, &outcome))
+}
+
+fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
+    match (&outcome.root, outcome.signal) {
+        (_, Some(signal)) => {
+            eprintln!("salp: interrupted, everything is ended");
+            ExitCode::from(interrupt::status(signal))
+        }
+        (VmState::Ended { status: Some(0), .. }, None) => ExitCode::SUCCESS,
+        (VmState::Ended { status: Some(status), text }, None) => {
+            eprintln!("salp: {name} ended with {status}: {text}");
+            // What does not fit must not look like success.
+            ExitCode::from(u8::try_from(*status).unwrap_or(u8::MAX))
+        }
+        (VmState::Ended { status: None, text }, None) => {
+            eprintln!("salp: {name} ended: {text}");
+            ExitCode::FAILURE
+        }
+        (VmState::Stopped | VmState::Running, None) => {
+            eprintln!("salp: {name} was stopped");
+            ExitCode::from(interrupt::status(signal_hook::consts::SIGTERM))
+        }
+    }
+}
+
+/// Looks at everything that can be wrong before anything is started.
+fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
+    MemoryShape::new(arguments.memory)?;
+    if arguments.memory < LEAST_BYTES {
+        return Err(RunError::TooSmall(size::show(arguments.memory)));
+    }
+    let available = available_memory_bytes().unwrap_or(u64::MAX);
+    if arguments.memory > available {
+        let (asked, available) = (size::show(arguments.memory), size::show(available));
+        return Err(RunError::TooMuch { asked, available });
+    }
+    arguments.name.as_deref().map_or(Ok(()), check_name)?;
+    let dma_backing = arguments.dma_backing.as_deref().map(backing).transpose()?;
+    Kvm::open()?;
+    Ok(Settings {
+        name: arguments.name.clone(),
+        memory_bytes: arguments.memory,
+        cpus: arguments.cpus,
+        command_line: arguments.cmdline.clone(),
+        dma_backing,
+        is_background: arguments.detach,
+    })
+}
+
+/// The absolute path of a file that can be read.
+fn backing(path: &Path) -> Result<PathBuf, RunError> {
+    let wrong = |why: String| RunError::Backing { path: path.to_owned(), why };
+    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    let metadata = file.metadata().map_err(|error| wrong(error.to_string()))?;
+    if !metadata.is_file() {
+        return Err(wrong("it is no regular file".to_owned()));
+    }
+    std::path::absolute(path).map_err(|error| wrong(error.to_string()))
+}
+
+/// Starts a keeper in the background, and waits until its colony answers.
+fn detach(settings: &Settings) -> Result<ExitCode, RunError> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let text = serde_json::to_string(settings).map_err(std::io::Error::from)?;
+    let arguments = [KEEPER_ARGUMENT.as_ref(), text.as_ref()];
+    let child = spawn::spawn_self(&arguments, &[], &[(theirs.as_fd(), REPORT_NUMBER)])?;
+    drop(theirs);
+    let mut line = String::new();
+    BufReader::new(ours).read_line(&mut line)?;
+    if line.is_empty() {
+        return Err(RunError::Background(format!("the keeper in the background {}", child.wait()?)));
+    }
+    let report: Result<String, String> = serde_json::from_str(&line).map_err(std::io::Error::from)?;
+    let name = report.map_err(RunError::Background)?;
+    // From here on the colony is nobody's child, even if it has ended already.
+    child.leave_running();
+    match Client::new(Place::of_user()).view(&name) {
+        Ok(_) | Err(ControlError::Unknown(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    writeln!(std::io::stdout(), "{name}")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The whole life of a keeper in the background.
+///
+/// # Errors
+/// It was not started by `salp run --detach`, which is told everything else.
+pub fn keep(settings: &str) -> Result<ExitCode, RunError> {
+    let mut report = UnixStream::from(spawn::adopt(REPORT_NUMBER)?);
+    let started = start_in_background(settings);
+    let told = started.as_ref().map(|(_, root)| root.name.clone()).map_err(RunError::to_string);
+    let line = serde_json::to_string(&told).map_err(std::io::Error::from)?;
+    // Nobody there: Ctrl-C came before the name was printed, and nobody would know of this colony.
+    let is_told = writeln!(report, "{line}");
+    drop(report);
+    // It was told, and says it.
+    let Ok((keeper, root)) = started else { return Ok(ExitCode::FAILURE) };
+    is_told?;
+    let outcome = keeper.run(|_| ())?;
+    Ok(exit_code(&root.name, &outcome))
+}
+
+fn start_in_background(settings: &str) -> Result<(Keeper, Entry), RunError> {
+    let settings: Settings = serde_json::from_str(settings).map_err(std::io::Error::from)?;
+    // A session of its own: no terminal's signals.
+    rustix::process::setsid().map_err(std::io::Error::from)?;
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&nothing).map_err(std::io::Error::from)?;
+    rustix::stdio::dup2_stdout(&nothing).map_err(std::io::Error::from)?;
+    // Whatever directory this was started in may go.
+    std::env::set_current_dir("/")?;
+    let keeper = Keeper::start(settings)?;
+    let root = keeper.root()?;
+    Ok((keeper, root))
+}

@@ -1,0 +1,150 @@
+//! `salp fork`, `ps`, `stop` and `console`: what is done to running VMs, over their colony's socket.
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::size;
+use crate::control::client::Client;
+use crate::control::place::Place;
+use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView};
+
+/// What to fork.
+#[derive(Debug, Args)]
+pub struct ForkArguments {
+    /// The VM to clone
+    source: String,
+    /// How many clones
+    #[arg(short = 'n', value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=MOST_CLONES))]
+    count: u64,
+    /// The clone's name; of several, what their names begin with
+    #[arg(long)]
+    name: Option<String>,
+}
+
+/// How to list.
+#[derive(Debug, Args)]
+pub struct PsArguments {
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+pub struct NameArguments {
+    /// The VM's name
+    name: String,
+}
+
+fn client() -> Client {
+    Client::new(Place::of_user())
+}
+
+/// `salp fork`.
+///
+/// # Errors
+/// Nothing was cloned.
+pub fn fork(arguments: &ForkArguments) -> Result<ExitCode, ControlError> {
+    let request = ForkRequest { count: arguments.count, name: arguments.name.clone() };
+    let reply = client().fork(&arguments.source, &request)?;
+    let mut out = io::stdout().lock();
+    for clone in reply.clones {
+        writeln!(out, "{}  pause {:.0} us  call {:.0} us", clone.name, clone.pause_us, clone.call_us)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp ps`.
+///
+/// # Errors
+/// The directory of sockets cannot be used, or a colony does not answer.
+pub fn ps(arguments: &PsArguments) -> Result<ExitCode, ControlError> {
+    let all = client().list()?;
+    for socket in &all.stale {
+        eprintln!("salp: the colony of {socket} was killed: what was left of it is cleaned up");
+    }
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        let text = serde_json::to_string_pretty(&all.vms).map_err(io::Error::from)?;
+        writeln!(out, "{text}")?;
+    } else {
+        out.write_all(table(&all.vms).as_bytes())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Columns as wide as what is in them.
+fn table(vms: &[VmView]) -> String {
+    let head = ["NAME", "ID", "PARENT", "STATE", "MEMORY", "PID", "CONSOLE"].map(str::to_owned);
+    let row = |vm: &VmView| {
+        [
+            vm.name.clone(),
+            vm.id.to_string(),
+            vm.parent.clone().unwrap_or_else(|| "-".to_owned()),
+            vm.state.describe(),
+            size::show(vm.memory_bytes),
+            vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+            vm.console.display().to_string(),
+        ]
+    };
+    let rows: Vec<_> = std::iter::once(head).chain(vms.iter().map(row)).collect();
+    let widths: Vec<_> =
+        (0..7).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+    let line = |row: &[String; 7]| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// `salp stop`.
+///
+/// # Errors
+/// Nothing was stopped.
+pub fn stop(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    client().stop(&arguments.name)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp console`.
+///
+/// # Errors
+/// There is no such VM, or its colony was killed meanwhile.
+pub fn console(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    match client().console(&arguments.name, &mut io::stdout()) {
+        // Whoever reads it has seen enough.
+        Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(ExitCode::SUCCESS)
+        }
+        result => result.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::VmState;
+
+    #[test]
+    fn the_table_has_a_line_for_each_vm() {
+        let vm = VmView {
+            name: "salp-1-1".to_owned(),
+            id: 2,
+            parent: Some("salp-1".to_owned()),
+            state: VmState::Ended { status: Some(3), text: String::new() },
+            memory_bytes: 512 << 20,
+            cpus: 1,
+            pid: None,
+            keeper_pid: 7,
+            console: "/run/c".into(),
+        };
+        let expected = "\
+NAME      ID  PARENT  STATE         MEMORY  PID  CONSOLE
+salp-1-1  2   salp-1  ended with 3  512M    -    /run/c
+";
+        assert_eq!(table(&[vm]), expected);
+    }
+}

@@ -1,0 +1,168 @@
+//! The other end of the socket: what `salp fork`, `ps`, `stop` and `console` do.
+
+use std::io::{self, BufRead as _, BufReader, Read as _, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::http::{self, Request, ResponseHead};
+use super::place::{Found, Place};
+use super::{ControlError, ForkReply, ForkRequest, Problem, StopReply, VmList, VmView};
+
+/// How long the end of a colony may take after its last VM has been stopped.
+const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// All VMs of this user.
+#[derive(Debug, Default)]
+pub struct Everything {
+    /// The VMs, colony by colony.
+    pub vms: Vec<VmView>,
+    /// The sockets of colonies that were killed; they are cleaned up.
+    pub stale: Vec<String>,
+}
+
+/// A user's view of all their colonies.
+#[derive(Debug)]
+pub struct Client {
+    place: Place,
+}
+
+impl Client {
+    /// For the colonies that have their sockets here.
+    #[must_use]
+    pub fn new(place: Place) -> Self {
+        Self { place }
+    }
+
+    /// All VMs of all colonies.
+    ///
+    /// # Errors
+    /// The directory of names cannot be used, or a colony gave no sensible answer.
+    pub fn list(&self) -> Result<Everything, ControlError> {
+        let mut all = Everything::default();
+        for socket in self.place.sockets()? {
+            match self.place.connect(&socket)? {
+                Found::Colony(stream) => match call::<VmList>(stream, "GET", "/v1/vms", &()) {
+                    Ok((list, _)) => all.vms.extend(list.vms),
+                    // It has ended in between.
+                    Err(ControlError::Socket(_) | ControlError::Ending) => {}
+                    Err(error) => return Err(error),
+                },
+                Found::Stale => all.stale.push(socket),
+                Found::Nothing => {}
+            }
+        }
+        Ok(all)
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// There is none of that name, or its colony gave no sensible answer.
+    pub fn view(&self, name: &str) -> Result<VmView, ControlError> {
+        let path = format!("/v1/vms/{name}");
+        call(self.connect(name)?, "GET", &path, &()).map(|(view, _)| view)
+    }
+
+    /// Clones a VM.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn fork(&self, name: &str, request: &ForkRequest) -> Result<ForkReply, ControlError> {
+        let path = format!("/v1/vms/{name}/fork");
+        call(self.connect(name)?, "POST", &path, request).map(|(reply, _)| reply)
+    }
+
+    /// Stops a VM; if it is the last of its colony, waits until nothing is left of that.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn stop(&self, name: &str) -> Result<StopReply, ControlError> {
+        let path = format!("/v1/vms/{name}/stop");
+        let (reply, mut rest) = call::<StopReply>(self.connect(name)?, "POST", &path, &())?;
+        if reply.is_colony_ending {
+            rest.get_ref().set_read_timeout(Some(END_LIMIT))?;
+            rest.read_to_end(&mut Vec::new())?;
+        }
+        Ok(reply)
+    }
+
+    /// Writes a VM's console output to `out`, from its beginning to the VM's end.
+    ///
+    /// # Errors
+    /// There is none of that name, `out` refused, or the colony was killed.
+    pub fn console(&self, name: &str, out: &mut dyn Write) -> Result<(), ControlError> {
+        let mut stream = self.connect(name)?;
+        let path = format!("/v1/vms/{name}/console");
+        http::write_request(&mut stream, &Request { method: "GET".to_owned(), path, body: Vec::new() })?;
+        let mut from = BufReader::new(stream);
+        let head = response(&mut from)?;
+        if head.status != 200 {
+            return Err(problem(&mut from));
+        }
+        let mut chunk = vec![0; 16 << 10];
+        loop {
+            let count = match from.read(&mut chunk) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                count => count?,
+            };
+            if count == 0 {
+                return Ok(());
+            }
+            out.write_all(&chunk[..count])?;
+            out.flush()?;
+        }
+    }
+
+    fn connect(&self, name: &str) -> Result<UnixStream, ControlError> {
+        match self.place.find(name)? {
+            Found::Colony(stream) => Ok(stream),
+            Found::Stale => Err(ControlError::Stale(name.to_owned())),
+            Found::Nothing => Err(ControlError::Unknown(name.to_owned())),
+        }
+    }
+}
+
+/// A colony that ends closes its connections.
+fn response(from: &mut BufReader<UnixStream>) -> Result<ResponseHead, ControlError> {
+    match from.fill_buf() {
+        Ok([]) => Err(ControlError::Ending),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(ControlError::Ending),
+        Err(error) => Err(error.into()),
+        Ok(_) => http::read_response(from),
+    }
+}
+
+fn problem(from: &mut BufReader<UnixStream>) -> ControlError {
+    match serde_json::from_reader::<_, Problem>(from) {
+        Ok(problem) => ControlError::Problem(problem),
+        Err(error) => ControlError::Protocol(format!("an error without a description: {error}")),
+    }
+}
+
+/// One request and its answer; the connection is returned with it.
+fn call<T: DeserializeOwned>(
+    mut stream: UnixStream,
+    method: &str,
+    path: &str,
+    body: &impl Serialize,
+) -> Result<(T, BufReader<UnixStream>), ControlError> {
+    let body = if method == "GET" { Vec::new() } else { to_json(body)? };
+    http::write_request(&mut stream, &Request { method: method.to_owned(), path: path.to_owned(), body })?;
+    let mut from = BufReader::new(stream);
+    let head = response(&mut from)?;
+    if !(200..300).contains(&head.status) {
+        return Err(problem(&mut from));
+    }
+    let length = head.body_bytes.ok_or_else(|| ControlError::Protocol("no length".to_owned()))?;
+    let mut body = Vec::new();
+    from.by_ref().take(length).read_to_end(&mut body)?;
+    let value = serde_json::from_slice(&body).map_err(|error| ControlError::Protocol(error.to_string()))?;
+    Ok((value, from))
+}
+
+fn to_json(body: &impl Serialize) -> Result<Vec<u8>, ControlError> {
+    serde_json::to_vec(body).map_err(|error| ControlError::Protocol(error.to_string()))
+}

@@ -1,0 +1,170 @@
+//! The VMs of a colony as users know them: names, states, consoles.
+//!
+//! It observes the colony. What a clone says before its fork has returned is kept until the clone
+//! has got its name. What must then be done is told to the colony's main thread, since an observer
+//! may not wait for members.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+
+use super::console::Console;
+use super::{ControlError, VmState, lock};
+use crate::family::VmId;
+use crate::keeper::fork::Forked;
+use crate::keeper::observe::Observer;
+
+/// What the colony's main thread is told.
+#[derive(Debug)]
+pub enum Happening {
+    /// This VM does not run any more; or others may be gone: look.
+    Ended(Option<VmId>),
+    /// A guest has forked itself.
+    Forked(Forked),
+    /// A signal came.
+    Signal(i32),
+}
+
+/// One VM.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub vm: VmId,
+    /// Its source's name.
+    pub parent: Option<String>,
+    /// Its process.
+    pub pid: u32,
+    /// Whether it runs.
+    pub state: VmState,
+    /// Its console.
+    pub console: Arc<Console>,
+}
+
+/// What a VM without a name yet has said.
+#[derive(Debug, Default)]
+struct Early {
+    console: Vec<u8>,
+    end: Option<VmState>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    entries: BTreeMap<VmId, Entry>,
+    early: BTreeMap<VmId, Early>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Registry {
+    inner: Mutex<Inner>,
+    happenings: Sender<Happening>,
+}
+
+impl Registry {
+    /// An empty one, that tells what happens.
+    #[must_use]
+    pub fn new(happenings: Sender<Happening>) -> Self {
+        Self { inner: Mutex::default(), happenings }
+    }
+
+    /// Tells the main thread.
+    pub fn tell(&self, happening: Happening) {
+        if self.happenings.send(happening).is_err() {
+            tracing::debug!("the colony ends already");
+        }
+    }
+
+    /// Adds a VM, which has said things before, perhaps.
+    pub fn add(&self, mut entry: Entry) {
+        let mut inner = lock(&self.inner);
+        if let Some(early) = inner.early.remove(&entry.vm) {
+            if !early.console.is_empty() {
+                entry.console.append(&early.console);
+            }
+            if let Some(end) = early.end {
+                entry.state = end;
+                entry.console.close();
+            }
+        }
+        inner.entries.insert(entry.vm, entry);
+    }
+
+    /// All VMs.
+    #[must_use]
+    pub fn all(&self) -> Vec<Entry> {
+        lock(&self.inner).entries.values().cloned().collect()
+    }
+
+    /// A VM by its number.
+    #[must_use]
+    pub fn of(&self, vm: VmId) -> Option<Entry> {
+        lock(&self.inner).entries.get(&vm).cloned()
+    }
+
+    /// A VM by its name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, name: &str) -> Result<Entry, ControlError> {
+        let inner = lock(&self.inner);
+        let entry = inner.entries.values().find(|entry| entry.name == name);
+        entry.cloned().ok_or_else(|| ControlError::Unknown(name.to_owned()))
+    }
+
+    /// A VM by its name, which runs.
+    ///
+    /// # Errors
+    /// There is none, or it has ended.
+    pub fn find_running(&self, name: &str) -> Result<Entry, ControlError> {
+        let entry = self.find(name)?;
+        match entry.state {
+            VmState::Running => Ok(entry),
+            ended => Err(ControlError::NotRunning { name: entry.name, how: ended.describe() }),
+        }
+    }
+
+    /// A VM does not run any more. Returns whether it did until now: the first end counts.
+    pub fn end(&self, vm: VmId, state: VmState) -> bool {
+        let mut inner = lock(&self.inner);
+        match inner.entries.get_mut(&vm) {
+            Some(entry) if entry.state == VmState::Running => {
+                entry.state = state;
+                entry.console.close();
+                true
+            }
+            Some(_) => false,
+            None => {
+                let early = inner.early.entry(vm).or_default();
+                let is_first = early.end.is_none();
+                early.end.get_or_insert(state);
+                is_first
+            }
+        }
+    }
+}
+
+impl Observer for Registry {
+    fn console(&self, vm: VmId, bytes: &[u8]) {
+        let mut inner = lock(&self.inner);
+        match inner.entries.get(&vm) {
+            Some(entry) => entry.console.append(bytes),
+            None => inner.early.entry(vm).or_default().console.extend(bytes),
+        }
+    }
+
+    fn ended(&self, vm: VmId, status: Option<u32>, text: &str) {
+        self.end(vm, VmState::Ended { status, text: text.to_owned() });
+        self.tell(Happening::Ended(Some(vm)));
+    }
+
+    fn gone(&self, vm: VmId) {
+        self.end(vm, VmState::Ended { status: None, text: "its process was killed".to_owned() });
+        self.tell(Happening::Ended(None));
+    }
+
+    fn forked(&self, forked: &Forked) {
+        self.tell(Happening::Forked(forked.clone()));
+    }
+}

@@ -1,0 +1,375 @@
+//! A colony in its keeper's process, and its end of the control socket.
+//!
+//! [`Keeper::start`] takes a name, listens, boots; [`Keeper::run`] does what follows from events until
+//! the last VM has ended or a signal comes, and leaves nothing behind.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::console::Console;
+use super::place::{Locked, Place};
+use super::registry::{Entry, Happening, Registry};
+use super::requests::accept;
+use super::{ControlError, VmState, lock};
+use crate::family::VmId;
+use crate::keeper::fork::Forked;
+use crate::keeper::observe::Observer;
+use crate::keeper::{Colony, ColonyConfig};
+use crate::words::MemoryShape;
+
+/// What a colony's first VM is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Settings {
+    /// Its name, if it was given one.
+    pub name: Option<String>,
+    /// Memory of each VM of the colony.
+    pub memory_bytes: u64,
+    /// vCPUs of each VM of the colony.
+    pub cpus: u8,
+    /// The built-in guest's command line.
+    pub command_line: String,
+    /// The file that the DMA engine's backing begins with.
+    pub dma_backing: Option<PathBuf>,
+    /// The keeper is no terminal's: its errors go to a file beside the socket.
+    pub is_background: bool,
+}
+
+/// How a colony ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The signal that ended it, if one did.
+    pub signal: Option<i32>,
+    /// The first VM.
+    pub root: VmState,
+}
+
+/// How long a VM's end may take.
+const END_LIMIT: Duration = Duration::from_secs(20);
+/// How long those who are being answered may take to read the rest.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// What belongs to a colony in the directory of names; dropping it removes all that.
+struct Presence {
+    place: Place,
+    socket: String,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        let left = self.place.lock().and_then(|locked| {
+            locked.remove_colony(&self.socket)?;
+            locked.leave();
+            Ok(())
+        });
+        if let Err(error) = left {
+            tracing::error!(%error, "names and a socket stay");
+        }
+    }
+}
+
+/// What all threads of a keeper share.
+pub(super) struct Service {
+    pub(super) registry: Arc<Registry>,
+    /// None: it is ending.
+    pub(super) colony: RwLock<Option<Colony>>,
+    pub(super) place: Place,
+    pub(super) socket: String,
+    pub(super) memory_bytes: u64,
+    pub(super) cpus: u8,
+    /// Who is being answered, or written to.
+    pub(super) working: Mutex<usize>,
+    pub(super) rested: Condvar,
+    /// Forks on their way.
+    pub(super) forks: Mutex<usize>,
+    /// Connections that close when nothing of the colony is left.
+    pub(super) farewells: Mutex<Vec<UnixStream>>,
+}
+
+/// A running colony.
+pub struct Keeper {
+    service: Arc<Service>,
+    root: VmId,
+    happenings: Receiver<Happening>,
+    // Last: the names go when all else is gone.
+    presence: Presence,
+}
+
+impl Keeper {
+    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM and SIGHUP end it in order.
+    ///
+    /// # Errors
+    /// The name is taken, or the host refused something. Nothing is left behind.
+    pub fn start(settings: Settings) -> Result<Self, ControlError> {
+        let (sender, happenings) = channel();
+        let registry = Arc::new(Registry::new(sender));
+        watch_signals(&registry)?;
+        let place = Place::of_user();
+        let socket = Place::socket_name(std::process::id());
+        let locked = place.lock()?;
+        let prepared = locked.listen(&socket).and_then(|listener| {
+            claim_root(&locked, settings.name.clone(), &socket).map(|name| (listener, name))
+        });
+        drop(locked);
+        // From here on whatever fails takes it away again; that needs the lock.
+        let presence = Presence { place: place.clone(), socket: socket.clone() };
+        let (listener, name) = prepared?;
+        if settings.is_background {
+            redirect_errors(place.log(std::process::id()))?;
+        }
+        let console = Arc::new(create_console(&place, &name)?);
+        let colony = Colony::new(config(&settings)?)?;
+        let observer: Weak<Registry> = Arc::downgrade(&registry);
+        colony.observe(observer as Weak<dyn Observer>);
+        let root = colony.boot(&settings.command_line)?;
+        // A guest that has ended already has no member any more only if its process was killed.
+        let pid = colony.member(root).map_or(0, |member| member.process());
+        registry.add(Entry { name, vm: root, parent: None, pid, state: VmState::Running, console });
+        let service = Arc::new(Service {
+            registry,
+            colony: RwLock::new(Some(colony)),
+            place,
+            socket,
+            memory_bytes: settings.memory_bytes,
+            cpus: settings.cpus,
+            working: Mutex::new(0),
+            rested: Condvar::new(),
+            forks: Mutex::new(0),
+            farewells: Mutex::default(),
+        });
+        let for_clients = Arc::clone(&service);
+        std::thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || accept(&for_clients, &listener))?;
+        Ok(Self { service, root, happenings, presence })
+    }
+
+    /// The first VM.
+    ///
+    /// # Errors
+    /// None: it is known from the start on.
+    pub fn root(&self) -> Result<Entry, ControlError> {
+        self.service.registry.of(self.root).ok_or(ControlError::Ending)
+    }
+
+    /// Copies the first VM's console to standard output, in a thread of its own.
+    ///
+    /// # Errors
+    /// The host has no room for a thread.
+    pub fn show_console(&self) -> Result<(), ControlError> {
+        let console = self.root()?.console;
+        let work = Work::begin(&self.service);
+        std::thread::Builder::new().name("terminal".to_owned()).spawn(move || {
+            // Whoever reads it may go: the VM does not.
+            if let Err(error) = console.follow(&mut std::io::stdout(), None) {
+                tracing::debug!(%error, "the console is not shown any more");
+            }
+            drop(work);
+        })?;
+        Ok(())
+    }
+
+    /// Keeps the colony until its last VM has ended, or a signal comes. `on_root_end` is told when the
+    /// first VM has ended and others go on.
+    ///
+    /// # Errors
+    /// The colony could not be ended in order.
+    pub fn run(self, on_root_end: impl Fn(&Entry)) -> Result<Outcome, ControlError> {
+        let mut signal = None;
+        while let Ok(happening) = self.happenings.recv() {
+            let mut ended = None;
+            match happening {
+                Happening::Signal(number) => {
+                    signal = Some(number);
+                    break;
+                }
+                Happening::Forked(forked) => self.service.name_clones(&forked),
+                Happening::Ended(vm) => {
+                    vm.into_iter().for_each(|vm| self.service.let_go(vm));
+                    ended = vm;
+                }
+            }
+            if self.service.is_empty() {
+                break;
+            }
+            if ended == Some(self.root) {
+                self.service.registry.of(self.root).iter().for_each(&on_root_end);
+            }
+        }
+        self.finish(signal)
+    }
+
+    fn finish(self, signal: Option<i32>) -> Result<Outcome, ControlError> {
+        let colony = self.service.colony.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(colony) = colony {
+            for vm in colony.vms() {
+                self.service.registry.end(vm, VmState::Stopped);
+                if let Err(error) = colony.end(vm) {
+                    tracing::debug!(%error, "a vm was gone before it could be ended");
+                }
+            }
+            if let Err(error) = colony.wait_until_gone(END_LIMIT) {
+                tracing::warn!(%error, "a process is killed");
+            }
+        }
+        let root = self.root()?;
+        let working = lock(&self.service.working);
+        let rest = self.service.rested.wait_timeout_while(working, ANSWER_LIMIT, |count| *count > 0);
+        drop(rest);
+        drop(self.presence);
+        lock(&self.service.farewells).clear();
+        Ok(Outcome { signal, root: root.state })
+    }
+}
+
+impl Service {
+    /// A VM whose guest has ended is let go: its process ends when nobody needs its pages.
+    fn let_go(&self, vm: VmId) {
+        if let Some(colony) = &*self.colony.read().unwrap_or_else(PoisonError::into_inner)
+            && let Err(error) = colony.end(vm)
+        {
+            tracing::debug!(%error, "a vm that had ended was gone already");
+        }
+    }
+
+    /// No VM runs, and none is on its way.
+    fn is_empty(&self) -> bool {
+        let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        // In this order: a fork on its way makes VMs before it is counted off.
+        *lock(&self.forks) == 0 && colony.as_ref().is_none_or(|colony| colony.vms().is_empty())
+    }
+
+    /// Gives the clones of a guest's own fork names and consoles.
+    fn name_clones(&self, forked: &Forked) {
+        if let Err(error) = self.try_name_clones(forked) {
+            tracing::error!(%error, "a clone that a guest has asked for has no name");
+        }
+    }
+
+    fn try_name_clones(&self, forked: &Forked) -> Result<(), ControlError> {
+        let Some(source) = self.registry.of(forked.source) else { return Err(ControlError::Ending) };
+        let names = self.claim_clones(&source.name, None, forked.clones.len())?;
+        let consoles = self.create_consoles(&names)?;
+        let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        let colony = colony.as_ref().ok_or(ControlError::Ending)?;
+        for (clone, console) in forked.clones.iter().zip(consoles) {
+            self.add_clone(colony, clone.vm, &source.name, console);
+        }
+        Ok(())
+    }
+
+    /// Takes names for clones: the given one, or for several what begins with it, else what begins
+    /// with the source's.
+    pub(super) fn claim_clones(
+        &self,
+        source: &str,
+        name: Option<&str>,
+        count: usize,
+    ) -> Result<Vec<String>, ControlError> {
+        let locked = self.place.lock()?;
+        let names = match name {
+            Some(name) if count == 1 => vec![name.to_owned()],
+            Some(name) => (1..=count).map(|number| format!("{name}-{number}")).collect(),
+            None => locked.free_names(source, count),
+        };
+        locked.claim(&names, &self.socket)?;
+        Ok(names)
+    }
+
+    /// Consoles for names just taken, which are given up if that fails.
+    pub(super) fn create_consoles(
+        &self,
+        names: &[String],
+    ) -> Result<Vec<(String, Arc<Console>)>, ControlError> {
+        let create = |name: &String| Ok((name.clone(), Arc::new(create_console(&self.place, name)?)));
+        let consoles: Result<Vec<_>, ControlError> = names.iter().map(create).collect();
+        if consoles.is_err() {
+            self.place.lock()?.release(names);
+        }
+        consoles
+    }
+
+    /// Makes a clone known. Returns its process.
+    pub(super) fn add_clone(
+        &self,
+        colony: &Colony,
+        vm: VmId,
+        source: &str,
+        (name, console): (String, Arc<Console>),
+    ) {
+        // One that is gone has none, and its end is known already.
+        let pid = colony.member(vm).map_or(0, |member| member.process());
+        let parent = Some(source.to_owned());
+        self.registry.add(Entry { name, vm, parent, pid, state: VmState::Running, console });
+    }
+}
+
+/// Counts those who are at work for others.
+pub(super) struct Work(Arc<Service>);
+
+impl Work {
+    pub(super) fn begin(service: &Arc<Service>) -> Self {
+        *lock(&service.working) += 1;
+        Self(Arc::clone(service))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        *lock(&self.0.working) -= 1;
+        self.0.rested.notify_all();
+    }
+}
+
+/// Signals are told to the main thread; a second one ends the process at once, and with it all VMs.
+fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let registry = Arc::clone(registry);
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        for (seen, signal) in signals.forever().enumerate() {
+            if seen > 0 {
+                std::process::exit(128 + signal);
+            }
+            registry.tell(Happening::Signal(signal));
+        }
+    })?;
+    Ok(())
+}
+
+fn claim_root(locked: &Locked<'_>, name: Option<String>, socket: &str) -> Result<String, ControlError> {
+    let name = name.unwrap_or_else(|| locked.free_names("salp", 1).concat());
+    locked.claim(std::slice::from_ref(&name), socket)?;
+    Ok(name)
+}
+
+fn create_console(place: &Place, name: &str) -> Result<Console, ControlError> {
+    let path = place.console(name);
+    // The name is ours, so whatever is there was left by a process that was killed.
+    let _ = std::fs::remove_file(&path);
+    Console::create(path.clone()).map_err(|source| ControlError::Host { action: "make", path, source })
+}
+
+fn redirect_errors(path: PathBuf) -> Result<(), ControlError> {
+    let log = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path);
+    let redirected = log.and_then(|log| Ok(rustix::stdio::dup2_stderr(&log)?));
+    redirected.map_err(|source| ControlError::Host { action: "make", path, source })
+}
+
+fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
+    let mut config = ColonyConfig::new(MemoryShape::new(settings.memory_bytes)?);
+    config.vcpus = settings.cpus;
+    if let Some(path) = &settings.dma_backing {
+        let file = File::open(path);
+        let file =
+            file.map_err(|source| ControlError::Host { action: "open", path: path.clone(), source })?;
+        config.backing_base = Some(Arc::new(file));
+    }
+    Ok(config)
+}

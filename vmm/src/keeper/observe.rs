@@ -1,0 +1,65 @@
+//! Who is told what happens in a colony on its own: console output, ends, and forks that guests ask
+//! for.
+//!
+//! An observer is called by the threads that read from members: it must not wait for a member, nor
+//! for anybody who does. What it is told of one VM comes in order, and may come before the fork that
+//! made the VM has returned.
+
+use std::sync::{Arc, Weak};
+
+use super::fork::{Cloned, Forked, times_of};
+use super::{Colony, ColonyError, Shared};
+use crate::family::VmId;
+use crate::keeper::fork::entered_at;
+use crate::member::messages::{Order, Reply};
+
+/// See the module.
+pub trait Observer: Send + Sync {
+    /// A VM has written this to its console.
+    fn console(&self, vm: VmId, bytes: &[u8]);
+    /// A guest's run has ended, with its exit status if it gave one; the text says how.
+    fn ended(&self, vm: VmId, status: Option<u32>, text: &str);
+    /// A VM's process is gone.
+    fn gone(&self, vm: VmId);
+    /// A guest has asked for a fork, and here it is.
+    fn forked(&self, forked: &Forked);
+}
+
+impl Colony {
+    /// From now on `observer` is told what happens, as long as it exists. The first one stays; with
+    /// one, consoles are not kept in [`MemberState`](super::member_handle::MemberState).
+    pub fn observe(&self, observer: Weak<dyn Observer>) {
+        if self.shared.observer.set(observer).is_err() {
+            tracing::error!("a colony has one observer");
+        }
+    }
+
+    /// Pause and call of a fork for one of its clones, in microseconds, without waiting for the
+    /// clone's first exit: a guest that sleeps has none. Where the clone's vCPU has not entered the
+    /// guest yet, the call ends with the order to do so.
+    ///
+    /// # Errors
+    /// A process has ended.
+    pub fn fork_pause_and_call(&self, forked: &Forked, clone: &Cloned) -> Result<(f64, f64), ColonyError> {
+        let source = self.member(forked.source)?;
+        // The source's answer to this comes after its report on the end of the pause.
+        source.ask(Order::Describe, &[])?;
+        let resumed = forked.times.resumed;
+        let reentered = source.state().reentered.get(&forked.cut).map_or(resumed, |(at, _)| *at);
+        let member = self.member(clone.vm)?;
+        let entered = match member.ask(Order::Describe, &[])? {
+            Reply::Describe(description) => entered_at(&description).unwrap_or(clone.running_at),
+            _ => clone.running_at,
+        };
+        let first_exit = member.state().first_exit.unwrap_or(u64::MAX);
+        let times = times_of(forked, clone, reentered, first_exit, entered);
+        Ok((times.pause_us, times.call_us))
+    }
+}
+
+impl Shared {
+    /// The observer, if there is one still.
+    pub(super) fn observer(&self) -> Option<Arc<dyn Observer>> {
+        self.observer.get().and_then(Weak::upgrade)
+    }
+}
