@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
 //! | [`fork`] | a cut and its clones |
+//! | [`image`] | kernels that are not the built-in one |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
 //!
@@ -16,11 +17,12 @@
 
 pub mod checker;
 pub mod fork;
+mod image;
 pub mod member_handle;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -38,6 +40,7 @@ use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
 use crate::ipc::{IpcError, SharedMemory, spawn};
+use crate::kvm::Irqchip;
 use crate::member::messages::{GuestKind, Order, Publication, Reply, Setup};
 use crate::member::shell::SharedWords;
 use crate::space::Keep;
@@ -109,6 +112,8 @@ pub struct ColonyConfig {
     pub is_huge: bool,
     /// vCPUs of each VM.
     pub vcpus: u8,
+    /// The interrupt controllers of each VM: all of them for images, which look for them.
+    pub irqchip: Irqchip,
     /// What runs in the VMs.
     pub guest: GuestKind,
     /// When lent pages are published.
@@ -133,6 +138,7 @@ impl ColonyConfig {
             memory,
             is_huge: true,
             vcpus: 1,
+            irqchip: Irqchip::Split,
             guest: GuestKind::Kvm,
             publication: Publication { in_background: true, keep: Keep::Own },
             pool: 2,
@@ -265,6 +271,17 @@ impl Colony {
     /// # Errors
     /// No member could be had, or it could not boot.
     pub fn boot(&self, command_line: &str) -> Result<VmId, ColonyError> {
+        let backing_bytes = self.shared.config.backing_bytes;
+        let order = |vm| Order::Boot { vm, command_line: command_line.to_owned(), backing_bytes };
+        self.boot_by(order, &[])
+    }
+
+    /// Makes a member the first VM by the order that `order` gives for its name.
+    fn boot_by(
+        &self,
+        order: impl FnOnce(VmId) -> Order,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<VmId, ColonyError> {
         let (member, vm) = loop {
             let member = self.shared.take_member()?;
             match self.shared.give_role(&member, None, |family, slot| Ok(family.first_vm(slot))) {
@@ -273,12 +290,7 @@ impl Colony {
                 other => break (Arc::clone(&member), other?),
             }
         };
-        let order = Order::Boot {
-            vm,
-            command_line: command_line.to_owned(),
-            backing_bytes: self.shared.config.backing_bytes,
-        };
-        match member.ask(order, &[]) {
+        match member.ask(order(vm), descriptors) {
             Ok(_) => Ok(vm),
             Err(error) => {
                 member.kill();
@@ -481,6 +493,7 @@ impl Shared {
             memory: self.config.memory,
             is_huge: self.config.is_huge,
             vcpus: self.config.vcpus,
+            irqchip: self.config.irqchip,
             guest: self.config.guest,
             publication: self.config.publication,
         };
@@ -562,6 +575,6 @@ impl Drop for Colony {
 }
 
 /// Borrows descriptors for a message.
-fn borrow(descriptors: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+fn borrow(descriptors: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     descriptors.iter().map(AsFd::as_fd).collect()
 }

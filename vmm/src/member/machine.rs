@@ -11,6 +11,7 @@ use salp_protocol::{call, port};
 
 use super::mailbox::Mailbox;
 use super::messages::{Event, Message, Progress};
+use super::start::{is_reset, read_port};
 use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
 use crate::ipc::Channel;
@@ -158,14 +159,18 @@ impl Machine for MemberMachine {
     fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.port_read(port, data));
+            if live.bus.port_read(port, data) == Claim::Nobody {
+                read_port(port, data);
+            }
         }
     }
 
     fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
         self.mark_exit();
         let Some(live) = self.live.get() else { return Flow::Continue };
-        ignore(live.bus.port_write(port, data));
+        if live.bus.port_write(port, data) == Claim::Nobody && is_reset(port, data) {
+            return Flow::Reset;
+        }
         match live.bus.exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
             _ => Flow::Continue,
@@ -237,6 +242,7 @@ impl Machine for MemberMachine {
         self.mark_exit();
         let status = match &end {
             End::Exit(status) => Some(*status),
+            End::Reset => Some(0),
             _ => None,
         };
         self.tell(Event::Ended { status, text: format!("vcpu {vcpu}: {end}") });
