@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the Linux guest: target/linux-guest/vmlinux, from Debian's package linux-source-6.12, and
-# target/linux-guest/initramfs.cpio with an init that prints, computes and powers off.
+# target/linux-guest/initramfs.cpio with an init that counts and prints.
 # Cached: done again only if this directory changes. Downloads about 150 MB. Needs apt-get, xz, make, a C
 # compiler, flex, bison, bc, and libelf's headers.
 set -eu

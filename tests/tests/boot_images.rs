@@ -23,12 +23,17 @@ const LINUX_COMMAND_LINE: &str = "console=ttyS0 quiet lpj=10384568 rodata=off no
      rdinit=/init clearcpuid=popcnt,smap,smep,cx16,rdrand,rdseed,fsgsbase,invpcid,pcid";
 
 fn colony(test: &str, memory_mib: u64, irqchip: Irqchip) -> Option<Colony> {
+    colony_of(test, memory_mib, irqchip, 1)
+}
+
+fn colony_of(test: &str, memory_mib: u64, irqchip: Irqchip, vcpus: u8) -> Option<Colony> {
     if !can_run(test, GuestKind::Kvm) {
         return None;
     }
     let mut config = ColonyConfig::new(MemoryShape::new(memory_mib << 20).expect("whole leaves"));
     config.program = Some(salp_binary());
     config.irqchip = irqchip;
+    config.vcpus = vcpus;
     Some(Colony::new(config).expect("a colony"))
 }
 
@@ -83,6 +88,27 @@ const COUNTER: &[u8] = &[
     0x75, 0xfc, // jnz wait
     0xeb, 0xd3, // jmp next
 ];
+/// Prints what it reads.
+const ECHO: &[u8] = &[
+    0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
+    0xec, // poll: in al, dx
+    0xa8, 0x01, // test al, 1
+    0x74, 0xfb, // jz poll
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xec, // in al, dx
+    0xee, // out dx, al
+    0xeb, 0xef, // jmp from the start
+];
+/// Says "?" without a newline, then enables no interrupt, as a driver that has finished.
+const PROMPT: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, 0x3f, // mov al, '?'
+    0xee, // out dx, al
+    0xff, 0xc2, // inc edx
+    0xb0, 0x00, // mov al, 0
+    0xee, // out dx, al
+    0xeb, 0xfe, // jmp here
+];
 /// Asks the keyboard controller for a reset.
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]; // mov al, 0xfe; out 0x64, al; hlt
 /// An exception without a table for it.
@@ -131,8 +157,10 @@ fn assert_consecutive(vm: VmId, counts: &[u32]) {
 
 #[test]
 fn a_bare_image_is_forked_while_it_runs() {
-    for irqchip in [Irqchip::Split, Irqchip::Full] {
-        let Some(colony) = colony("a_bare_image_is_forked_while_it_runs", 16, irqchip) else { return };
+    let test = "a_bare_image_is_forked_while_it_runs";
+    // A second vCPU waits for its start-up interrupt all the time.
+    for (irqchip, vcpus) in [(Irqchip::Split, 1), (Irqchip::Full, 1), (Irqchip::Full, 2)] {
+        let Some(colony) = colony_of(test, 16, irqchip, vcpus) else { return };
         let image = file(&bare_image(COUNTER));
         let root = colony.boot_image(&image, None, "").expect("an image that boots");
         await_console(&colony, root, |text| counts(text).len() >= 3);
@@ -152,6 +180,21 @@ fn a_bare_image_is_forked_while_it_runs() {
         assert!(grandchild_says[0] > child_says[3], "{grandchild_says:?} after {child_says:?}");
         colony.check().expect("a sound state");
     }
+}
+
+#[test]
+fn input_reaches_the_guest_and_a_prompt_its_reader() {
+    let test = "input_reaches_the_guest_and_a_prompt_its_reader";
+    let Some(echo) = colony(test, 16, Irqchip::Full) else { return };
+    let vm = echo.boot_image(&file(&bare_image(ECHO)), None, "").expect("an image that boots");
+    assert_eq!(echo.console_input(vm, b"hello\n").expect("it takes input"), 6);
+    await_console(&echo, vm, |text| text == "hello\n");
+    let clone = fork(&echo, vm);
+    assert_eq!(echo.console_input(clone, b"clone\n").expect("it takes input"), 6);
+    await_console(&echo, clone, |text| text == "clone\n");
+    let prompt = colony(test, 16, Irqchip::Split).expect("as before");
+    let vm = prompt.boot_image(&file(&bare_image(PROMPT)), None, "").expect("an image that boots");
+    await_console(&prompt, vm, |text| text == "?");
 }
 
 fn ended(code: &[u8], test: &str) -> Option<(Option<u32>, String)> {
@@ -249,8 +292,8 @@ fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
 }
 
 #[test]
-fn linux_boots_and_is_forked_before_its_init() {
-    let test = "linux_boots_and_is_forked_before_its_init";
+fn linux_is_forked_while_its_init_runs() {
+    let test = "linux_is_forked_while_its_init_runs";
     let Some((kernel, initrd)) = linux(test) else { return };
     let Some(colony) = colony(test, 64, Irqchip::Full) else { return };
     assert!(fs::metadata(&kernel).is_ok(), "{} is no file", kernel.display());
@@ -263,10 +306,19 @@ fn linux_boots_and_is_forked_before_its_init() {
     let forked = Instant::now();
     let child = fork(&colony, root);
     println!("forked after {:?}", forked.elapsed());
-    for vm in [root, child] {
-        let member = colony.member(vm).expect("it lives");
-        let end = member.wait_for(LIMIT, |state| state.ended.clone());
-        println!("{vm}: {end:?}\n{}", String::from_utf8_lossy(&member.state().console));
+    let before = await_console(&colony, root, |_| true).lines().count();
+    await_console(&colony, child, |text| text.lines().count() > 2);
+    let begun = Instant::now();
+    let grandchild = fork(&colony, child);
+    println!("a clone of the clone forked after {:?}", begun.elapsed());
+    for (vm, lines) in [(root, before + 3), (child, 3), (grandchild, 3)] {
+        let said = await_console(&colony, vm, |text| text.lines().count() >= lines);
+        println!("{vm} says:\n{said}");
+        assert!(!said.contains("panic") && !said.contains("BUG"), "{said}");
+        // The clones were cut after this line, and go on.
+        assert!(vm == root || !said.contains("INIT-REACHED"), "{said}");
+        let ticks = said.lines().filter_map(|line| line.strip_prefix("tick ")?.trim().parse().ok());
+        assert_consecutive(vm, &ticks.collect::<Vec<u32>>());
     }
     colony.check().expect("a sound state");
 }

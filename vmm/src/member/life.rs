@@ -86,21 +86,12 @@ impl InterruptLine for NoLine {
     fn raise(&self, _vector: u8) {}
 }
 
-/// Console output, a line at a time, to the keeper.
-struct ConsoleSink {
-    machine: Arc<MemberMachine>,
-    line: Vec<u8>,
-}
-
-/// A line without an end is sent on at this length.
-const LINE_LIMIT: usize = 256;
+/// Console output, to the machine.
+struct ConsoleSink(Arc<MemberMachine>);
 
 impl io::Write for ConsoleSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.line.extend_from_slice(bytes);
-        if bytes.contains(&b'\n') || self.line.len() >= LINE_LIMIT {
-            self.machine.tell(Event::Console(std::mem::take(&mut self.line)));
-        }
+        self.0.print(bytes);
         Ok(bytes.len())
     }
 
@@ -294,7 +285,7 @@ impl Member {
         let storage = BackingKind::Storage(Arc::clone(backing));
         let gate = || Arc::clone(&self.gate);
         let interrupt = start::serial_interrupt(self.vm.as_ref());
-        let sink = Box::new(ConsoleSink { machine: Arc::clone(&self.machine), line: Vec::new() });
+        let sink = Box::new(ConsoleSink(Arc::clone(&self.machine)));
         let (dma, serial) = match snapshot {
             Some(snapshot) => (
                 DmaEngine::restore(&snapshot.dma, ram, line, storage, gate()),

@@ -4,7 +4,7 @@
 //! gives it one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use salp_protocol::{call, port};
@@ -39,7 +39,14 @@ pub struct MemberMachine {
     live: OnceLock<Live>,
     mailboxes: Vec<Mailbox>,
     keeper: Arc<Channel>,
+    /// Console output that the keeper has not got.
+    line: Mutex<Vec<u8>>,
 }
+
+/// A line without an end is sent on at this length.
+const LINE_LIMIT_BYTES: usize = 256;
+/// The serial port's interrupt enable register: a driver writes it when it has nothing more to say.
+const SERIAL_ENABLE: u16 = port::SERIAL + 1;
 
 impl MemberMachine {
     /// A machine for `vcpus` vCPUs that reports to `keeper`.
@@ -48,7 +55,7 @@ impl MemberMachine {
     /// No descriptor could be made.
     pub fn new(vcpus: u8, keeper: Arc<Channel>) -> std::io::Result<Self> {
         let mailboxes = (0..vcpus).map(|_| Mailbox::new()).collect::<Result<_, _>>()?;
-        Ok(Self { live: OnceLock::new(), mailboxes, keeper })
+        Ok(Self { live: OnceLock::new(), mailboxes, keeper, line: Mutex::default() })
     }
 
     /// Gives the machine its role, once.
@@ -82,6 +89,23 @@ impl MemberMachine {
     pub fn tell(&self, event: Event) {
         if let Err(error) = self.keeper.send(&Message::Event(event), &[]) {
             tracing::debug!(%error, "the keeper cannot be told");
+        }
+    }
+
+    /// Sends console output to the keeper, a line at a time.
+    pub fn print(&self, bytes: &[u8]) {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.extend_from_slice(bytes);
+        if bytes.contains(&b'\n') || line.len() >= LINE_LIMIT_BYTES {
+            self.tell(Event::Console(std::mem::take(&mut line)));
+        }
+    }
+
+    /// Sends what there is of a line, a prompt for one.
+    fn flush_line(&self) {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        if !line.is_empty() {
+            self.tell(Event::Console(std::mem::take(&mut line)));
         }
     }
 
@@ -171,6 +195,9 @@ impl Machine for MemberMachine {
         if live.bus.port_write(port, data) == Claim::Nobody && is_reset(port, data) {
             return Flow::Reset;
         }
+        if port == SERIAL_ENABLE {
+            self.flush_line();
+        }
         match live.bus.exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
             _ => Flow::Continue,
@@ -240,6 +267,7 @@ impl Machine for MemberMachine {
 
     fn ended(&self, vcpu: usize, end: End) {
         self.mark_exit();
+        self.flush_line();
         let status = match &end {
             End::Exit(status) => Some(*status),
             End::Reset => Some(0),
