@@ -5,10 +5,10 @@ CARGO ?= cargo
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint fmt clean
+.PHONY: help build demo test lint fmt linux-guest clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build salp, optimised: target/release/salp
 	$(CARGO) build --release --package salp
@@ -30,6 +30,9 @@ lint: ## Check formatting and clippy's rules
 
 fmt: ## Format all code
 	$(CARGO) fmt --all
+
+linux-guest: ## Build a Linux to boot and fork, from Debian's source package: target/linux-guest/vmlinux
+	resources/linux/build.sh
 
 clean: ## Remove what was built
 	$(CARGO) clean

@@ -1,5 +1,8 @@
 //! Bringing a guest to its first instruction: image, tables and registers.
 //!
+//! [`load_image`] does it for other people's kernels (its memory map is in [`image`]); the rest is
+//! about the built-in one.
+//!
 //! [`load_builtin`] writes salp's built-in guest and all that it needs to start directly in 64-bit
 //! ring 3 into fresh (zero) memory, and returns an [`EntryState`] that tells each vCPU's registers.
 //! The memory map is [`salp_protocol::layout`]; the loader's own part of it is below.
@@ -19,10 +22,15 @@
 
 mod builtin;
 mod entry;
+mod image;
+mod mptable;
 mod paging;
+mod shape;
 
 pub use builtin::{MAX_RAM_BYTES, MIN_RAM_BYTES, load_builtin};
 pub use entry::EntryState;
+pub use image::{ImageEntry, ImageError, MAX_COMMAND_LINE_BYTES, load_image};
+pub use shape::ShapeError;
 
 use salp_protocol::layout;
 use vm_memory::GuestMemoryError;

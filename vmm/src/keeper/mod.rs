@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
 //! | [`fork`] | a cut and its clones |
+//! | [`image`] | kernels that are not the built-in one |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
 //! | [`observe`] | who is told what happens on its own |
@@ -17,13 +18,14 @@
 
 pub mod checker;
 pub mod fork;
+mod image;
 pub mod member_handle;
 pub mod observe;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -41,6 +43,7 @@ use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
 use crate::ipc::{IpcError, SharedMemory, spawn};
+use crate::kvm::Irqchip;
 use crate::member::messages::{GuestKind, Order, Publication, Reply, Setup};
 use crate::member::shell::SharedWords;
 use crate::space::Keep;
@@ -112,6 +115,8 @@ pub struct ColonyConfig {
     pub is_huge: bool,
     /// vCPUs of each VM.
     pub vcpus: u8,
+    /// The interrupt controllers of each VM: all of them for images, which look for them.
+    pub irqchip: Irqchip,
     /// What runs in the VMs.
     pub guest: GuestKind,
     /// When lent pages are published.
@@ -138,6 +143,7 @@ impl ColonyConfig {
             memory,
             is_huge: true,
             vcpus: 1,
+            irqchip: Irqchip::Split,
             guest: GuestKind::Kvm,
             publication: Publication { in_background: true, keep: Keep::Own },
             pool: 2,
@@ -273,6 +279,18 @@ impl Colony {
     /// # Errors
     /// No member could be had, or it could not boot.
     pub fn boot(&self, command_line: &str) -> Result<VmId, ColonyError> {
+        let backing_bytes = self.shared.config.backing_bytes;
+        let order = |vm| Order::Boot { vm, command_line: command_line.to_owned(), backing_bytes };
+        let base: Vec<_> = self.shared.config.backing_base.iter().map(|file| file.as_fd()).collect();
+        self.boot_by(order, &base)
+    }
+
+    /// Makes a member the first VM by the order that `order` gives for its name.
+    fn boot_by(
+        &self,
+        order: impl FnOnce(VmId) -> Order,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<VmId, ColonyError> {
         let (member, vm) = loop {
             let member = self.shared.take_member()?;
             match self.shared.give_role(&member, None, |family, slot| Ok(family.first_vm(slot))) {
@@ -281,13 +299,7 @@ impl Colony {
                 other => break (Arc::clone(&member), other?),
             }
         };
-        let order = Order::Boot {
-            vm,
-            command_line: command_line.to_owned(),
-            backing_bytes: self.shared.config.backing_bytes,
-        };
-        let base: Vec<_> = self.shared.config.backing_base.iter().map(|file| file.as_fd()).collect();
-        match member.ask(order, &base) {
+        match member.ask(order(vm), descriptors) {
             Ok(_) => Ok(vm),
             Err(error) => {
                 member.kill();
@@ -490,6 +502,7 @@ impl Shared {
             memory: self.config.memory,
             is_huge: self.config.is_huge,
             vcpus: self.config.vcpus,
+            irqchip: self.config.irqchip,
             guest: self.config.guest,
             publication: self.config.publication,
         };
@@ -571,6 +584,6 @@ impl Drop for Colony {
 }
 
 /// Borrows descriptors for a message.
-fn borrow(descriptors: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+fn borrow(descriptors: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     descriptors.iter().map(AsFd::as_fd).collect()
 }

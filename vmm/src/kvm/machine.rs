@@ -61,6 +61,8 @@ pub enum Flow {
     Continue,
     /// The guest's run ends with this status.
     Exit(u32),
+    /// The guest resets its machine: its run ends.
+    Reset,
 }
 
 /// The registers of a call: arguments before, results after it.
@@ -117,6 +119,8 @@ pub enum CallOutcome {
 pub enum End {
     /// The guest asked for it, with this status.
     Exit(u32),
+    /// The guest asked for a reset of the machine.
+    Reset,
     /// An exception while delivering an exception while delivering an exception, or a shutdown.
     TripleFault(Box<Dump>),
     /// KVM could not emulate an instruction or deliver an event.
@@ -159,6 +163,7 @@ impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exit(status) => write!(f, "exit with status {status}"),
+            Self::Reset => write!(f, "reset by the guest"),
             Self::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
             Self::EmulationError { suberror, data, dump } => {
                 write!(f, "kvm internal error {suberror}, data {data:#x?}\n{dump}")

@@ -37,6 +37,8 @@ enum Due {
     Call(u32),
     /// The access, then the end with this status.
     Exit(u32),
+    /// The access, then the end by a reset.
+    Reset,
 }
 
 /// A call that outlasts a stop.
@@ -168,6 +170,10 @@ impl Running {
                     self.finish_access(context)?;
                     return Err(End::Exit(status));
                 }
+                Due::Reset => {
+                    self.finish_access(context)?;
+                    return Err(End::Reset);
+                }
                 Due::Access if context.stop.is_raised() => self.finish_access(context)?,
                 Due::Nothing if context.stop.is_raised() => return Ok(()),
                 Due::Access | Due::Nothing => {
@@ -197,6 +203,7 @@ impl Running {
         let after = |flow| match flow {
             Flow::Continue => Ok(Due::Access),
             Flow::Exit(status) => Ok(Due::Exit(status)),
+            Flow::Reset => Ok(Due::Reset),
         };
         let (exit, lost) = poison::watch(|| self.vcpu.fd.run());
         if let Some(host_address) = lost {

@@ -12,10 +12,10 @@ use super::messages::{Description, Event, GuestKind, Order, PuppetOrder, Reply, 
 use super::ram::SpaceRam;
 use super::services::Services;
 use super::shell::{MemberFiles, Shell};
+use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
 use super::wiring::{ConsoleSink, MsiLine, NoLine};
 use crate::board::Board;
-use crate::boot::{EntryState, load_builtin};
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
@@ -95,7 +95,15 @@ impl Member {
     pub fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> Answer {
         match order {
             Order::Boot { vm, command_line, backing_bytes } => {
-                self.boot(vm, &command_line, backing_bytes, descriptors)
+                self.boot(vm, (&command_line, None), backing_bytes, descriptors)
+            }
+            Order::BootImage { vm, command_line, has_initrd, backing_bytes } => {
+                let files = ImageFiles::new(descriptors, has_initrd)?;
+                self.boot(vm, (&command_line, Some(files)), backing_bytes, Vec::new())
+            }
+            Order::ConsoleInput(input) => {
+                let live = self.machine.role().map_err(MemberError::Protocol)?;
+                Ok((Reply::Accepted(live.bus.serial.enqueue(&input)), Vec::new()))
             }
             Order::Become { vm, cut, snapshot } => self.become_clone(vm, cut, &snapshot, descriptors),
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
@@ -166,7 +174,7 @@ impl Member {
     fn boot(
         &mut self,
         vm: VmId,
-        command_line: &str,
+        (command_line, files): (&str, Option<ImageFiles>),
         backing_bytes: u64,
         descriptors: Vec<OwnedFd>,
     ) -> Answer {
@@ -178,11 +186,15 @@ impl Member {
         let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
         self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
-        if self.setup.guest == GuestKind::Kvm {
-            let entry = load(&space, self.setup.vcpus, command_line)?;
-            for vcpu in self.vcpus.iter() {
-                enter(vcpu, &entry)?;
+        match files {
+            Some(files) => {
+                start::enter_image(&self.vcpus, &files.load(&space, self.setup.vcpus, command_line)?)?
             }
+            None if self.setup.guest == GuestKind::Thread => {}
+            None => start::enter_builtin(
+                &self.vcpus,
+                &start::load_builtin_guest(&space, self.setup.vcpus, command_line)?,
+            )?,
         }
         self.go()
     }
@@ -237,13 +249,14 @@ impl Member {
         };
         let storage = BackingKind::Storage(Arc::clone(backing));
         let gate = || Arc::clone(&self.gate);
-        let sink = Box::new(ConsoleSink::new(&self.machine));
+        let interrupt = start::serial_interrupt(self.vm.as_ref());
+        let sink = Box::new(ConsoleSink(Arc::clone(&self.machine)));
         let (dma, serial) = match snapshot {
             Some(snapshot) => (
                 DmaEngine::restore(&snapshot.dma, ram, line, storage, gate()),
-                SerialPort::restore(&snapshot.serial, sink, None, gate())?,
+                SerialPort::restore(&snapshot.serial, sink, interrupt, gate())?,
             ),
-            None => (DmaEngine::new(ram, line, storage, gate()), SerialPort::new(sink, None, gate())),
+            None => (DmaEngine::new(ram, line, storage, gate()), SerialPort::new(sink, interrupt, gate())),
         };
         Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma) })
     }
@@ -418,20 +431,4 @@ fn minor_faults() -> u64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
     after_name.split_whitespace().nth(7).and_then(|field| field.parse().ok()).unwrap_or(0)
-}
-
-/// Loads the built-in guest.
-fn load(space: &Arc<Space<Window>>, vcpus: u8, command_line: &str) -> Result<EntryState, MemberError> {
-    let memory = super::ram::boot_memory(space).map_err(MemberError::Window)?;
-    Ok(load_builtin(&memory, vcpus, command_line)?)
-}
-
-/// Puts a vCPU at the guest's entry.
-fn enter(vcpu: &VcpuThread, entry: &EntryState) -> Result<(), MemberError> {
-    let index = u8::try_from(vcpu.index()).map_err(|_| MemberError::Protocol("too many vcpus"))?;
-    let mut state = vcpu.save()?;
-    state.sregs = entry.special_registers(index, state.sregs);
-    state.regs = entry.registers(index);
-    state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
-    Ok(vcpu.set(&state)?)
 }

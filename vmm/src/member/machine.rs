@@ -4,13 +4,14 @@
 //! gives it one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use salp_protocol::{call, port};
 
 use super::mailbox::Mailbox;
 use super::messages::{Event, Message, Progress};
+use super::start::{is_reset, read_port};
 use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
 use crate::ipc::Channel;
@@ -38,7 +39,14 @@ pub struct MemberMachine {
     live: OnceLock<Live>,
     mailboxes: Vec<Mailbox>,
     keeper: Arc<Channel>,
+    /// Console output that the keeper has not got.
+    line: Mutex<Vec<u8>>,
 }
+
+/// A line without an end is sent on at this length.
+const LINE_LIMIT_BYTES: usize = 256;
+/// The serial port's interrupt enable register: a driver writes it when it has nothing more to say.
+const SERIAL_ENABLE: u16 = port::SERIAL + 1;
 
 impl MemberMachine {
     /// A machine for `vcpus` vCPUs that reports to `keeper`.
@@ -47,7 +55,7 @@ impl MemberMachine {
     /// No descriptor could be made.
     pub fn new(vcpus: u8, keeper: Arc<Channel>) -> std::io::Result<Self> {
         let mailboxes = (0..vcpus).map(|_| Mailbox::new()).collect::<Result<_, _>>()?;
-        Ok(Self { live: OnceLock::new(), mailboxes, keeper })
+        Ok(Self { live: OnceLock::new(), mailboxes, keeper, line: Mutex::default() })
     }
 
     /// Gives the machine its role, once.
@@ -81,6 +89,23 @@ impl MemberMachine {
     pub fn tell(&self, event: Event) {
         if let Err(error) = self.keeper.send(&Message::Event(event), &[]) {
             tracing::debug!(%error, "the keeper cannot be told");
+        }
+    }
+
+    /// Sends console output to the keeper, a line at a time.
+    pub fn print(&self, bytes: &[u8]) {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.extend_from_slice(bytes);
+        if bytes.contains(&b'\n') || line.len() >= LINE_LIMIT_BYTES {
+            self.tell(Event::Console(std::mem::take(&mut line)));
+        }
+    }
+
+    /// Sends what there is of a line, a prompt for one.
+    fn flush_line(&self) {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        if !line.is_empty() {
+            self.tell(Event::Console(std::mem::take(&mut line)));
         }
     }
 
@@ -158,14 +183,21 @@ impl Machine for MemberMachine {
     fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.port_read(port, data));
+            if live.bus.port_read(port, data) == Claim::Nobody {
+                read_port(port, data);
+            }
         }
     }
 
     fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
         self.mark_exit();
         let Some(live) = self.live.get() else { return Flow::Continue };
-        ignore(live.bus.port_write(port, data));
+        if live.bus.port_write(port, data) == Claim::Nobody && is_reset(port, data) {
+            return Flow::Reset;
+        }
+        if port == SERIAL_ENABLE {
+            self.flush_line();
+        }
         match live.bus.exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
             _ => Flow::Continue,
@@ -235,8 +267,10 @@ impl Machine for MemberMachine {
 
     fn ended(&self, vcpu: usize, end: End) {
         self.mark_exit();
+        self.flush_line();
         let status = match &end {
             End::Exit(status) => Some(*status),
+            End::Reset => Some(0),
             _ => None,
         };
         self.tell(Event::Ended { status, text: format!("vcpu {vcpu}: {end}") });

@@ -9,7 +9,7 @@ use crate::devices::dma::{DmaCounters, DmaState};
 use crate::devices::serial::SerialState;
 use crate::family::VmId;
 use crate::frames::CutId;
-use crate::kvm::{Times, VcpuState, VmState};
+use crate::kvm::{Irqchip, Times, VcpuState, VmState};
 use crate::space::{CutFigures, Keep, PageCounts, SpaceReport};
 use crate::words::{Gfn, MemoryShape};
 
@@ -47,6 +47,8 @@ pub struct Setup {
     pub is_huge: bool,
     /// vCPUs.
     pub vcpus: u8,
+    /// The interrupt controllers: all of them for images, which look for them.
+    pub irqchip: Irqchip,
     /// What runs in the VM.
     pub guest: GuestKind,
     /// When lent pages are published.
@@ -83,6 +85,20 @@ pub enum Order {
         /// Size of the DMA engine's backing, in bytes.
         backing_bytes: u64,
     },
+    /// Become the colony's first VM, with a kernel that is not the built-in one. Comes with its file,
+    /// then that of the initrd.
+    BootImage {
+        /// Its name.
+        vm: VmId,
+        /// The kernel's command line.
+        command_line: String,
+        /// Whether there is an initrd.
+        has_initrd: bool,
+        /// Size of the DMA engine's backing, in bytes.
+        backing_bytes: u64,
+    },
+    /// Input for the serial port. The answer is [`Reply::Accepted`].
+    ConsoleInput(Vec<u8>),
     /// Become a clone and run.
     Become {
         /// Its name.
@@ -273,6 +289,8 @@ pub enum Reply {
     Describe(Box<Description>),
     /// What a device read.
     Loaded(u64),
+    /// How many bytes of input found room: the rest is to be sent again.
+    Accepted(usize),
     /// The clone's vCPUs enter the guest; at this moment the order to do so was given.
     Running {
         /// In nanoseconds of `CLOCK_MONOTONIC`.

@@ -11,6 +11,7 @@
 //! | [`machine`], [`mailbox`] | exits, devices, calls of the guest |
 //! | [`ram`] | memory as the devices see it |
 //! | [`extents`] | the files behind the storage |
+//! | [`start`] | what a first VM starts with: the built-in guest, or another kernel |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
 //! | [`life`], `cutting` | a VM from its role to its end; a cut of it |
@@ -28,6 +29,7 @@ pub mod messages;
 pub mod ram;
 pub mod services;
 pub mod shell;
+mod start;
 pub mod thread_guest;
 mod wiring;
 
@@ -86,6 +88,9 @@ pub enum MemberError {
     /// The guest cannot be loaded.
     #[error("{0}")]
     Boot(#[from] crate::boot::BootError),
+    /// The image cannot be loaded.
+    #[error("{0}")]
+    Image(#[from] crate::boot::ImageError),
     /// The DMA engine's backing.
     #[error("{0}")]
     Backing(#[from] crate::devices::backing::BackingError),

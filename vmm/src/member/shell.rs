@@ -14,7 +14,7 @@ use super::messages::{GuestKind, Setup};
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
-use crate::kvm::{Irqchip, Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
+use crate::kvm::{Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
 use crate::window::Window;
 use crate::words::{LEAF_BYTES, wide};
 
@@ -133,7 +133,7 @@ fn make_vm(
     debug_assert!(
         regions.iter().map(|region| wide(region.len_bytes)).sum::<u64>() == setup.memory.ram_bytes()
     );
-    let config = VmConfig { vcpus: setup.vcpus, irqchip: Irqchip::Split, regions };
+    let config = VmConfig { vcpus: setup.vcpus, irqchip: setup.irqchip, regions };
     let (vm, vcpus) = Vm::new(&kvm, &config)?;
     let threads = vcpus
         .into_iter()

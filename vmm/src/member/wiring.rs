@@ -4,7 +4,6 @@ use std::io;
 use std::sync::{Arc, Weak};
 
 use super::machine::MemberMachine;
-use super::messages::Event;
 use crate::devices::InterruptLine;
 use crate::kvm::{Msi, Vm};
 
@@ -28,27 +27,12 @@ impl InterruptLine for NoLine {
     fn raise(&self, _vector: u8) {}
 }
 
-/// Console output, a line at a time, to the keeper.
-pub(super) struct ConsoleSink {
-    machine: Arc<MemberMachine>,
-    line: Vec<u8>,
-}
-
-impl ConsoleSink {
-    pub(super) fn new(machine: &Arc<MemberMachine>) -> Self {
-        Self { machine: Arc::clone(machine), line: Vec::new() }
-    }
-}
-
-/// A line without an end is sent on at this length.
-const LINE_LIMIT: usize = 256;
+/// Console output, to the machine.
+pub(super) struct ConsoleSink(pub(super) Arc<MemberMachine>);
 
 impl io::Write for ConsoleSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.line.extend_from_slice(bytes);
-        if bytes.contains(&b'\n') || self.line.len() >= LINE_LIMIT {
-            self.machine.tell(Event::Console(std::mem::take(&mut self.line)));
-        }
+        self.0.print(bytes);
         Ok(bytes.len())
     }
 

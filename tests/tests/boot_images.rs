@@ -1,0 +1,324 @@
+//! Other people's kernels: a bare ELF image of a few instructions and, where there is one to be had, a
+//! Linux. Each is forked while it runs, and so is a clone. Then all images that must be refused.
+//!
+//! The Linux kernel is the file that `SALP_TEST_KERNEL` names, with the initrd `SALP_TEST_INITRD`; else
+//! what `make linux-guest` has built. Without either the test says SKIPPED.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use salp::family::VmId;
+use salp::keeper::{Colony, ColonyConfig, ColonyError};
+use salp::kvm::Irqchip;
+use salp::member::messages::GuestKind;
+use salp::words::MemoryShape;
+use salp_tests::procs::salp_binary;
+use salp_tests::world::can_run;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const LINUX_COMMAND_LINE: &str = "console=ttyS0 quiet lpj=10384568 rodata=off noxsave panic=-1 reboot=k \
+     rdinit=/init clearcpuid=popcnt,smap,smep,cx16,rdrand,rdseed,fsgsbase,invpcid,pcid";
+
+fn colony(test: &str, memory_mib: u64, irqchip: Irqchip) -> Option<Colony> {
+    colony_of(test, memory_mib, irqchip, 1)
+}
+
+fn colony_of(test: &str, memory_mib: u64, irqchip: Irqchip, vcpus: u8) -> Option<Colony> {
+    if !can_run(test, GuestKind::Kvm) {
+        return None;
+    }
+    let mut config = ColonyConfig::new(MemoryShape::new(memory_mib << 20).expect("whole leaves"));
+    config.program = Some(salp_binary());
+    config.irqchip = irqchip;
+    config.vcpus = vcpus;
+    Some(Colony::new(config).expect("a colony"))
+}
+
+fn file(bytes: &[u8]) -> File {
+    let file = File::from(memfd_create("salp-test-image", MemfdFlags::CLOEXEC).expect("a memfd"));
+    rustix::io::pwrite(&file, bytes, 0).expect("room for an image");
+    file
+}
+
+/// Waits until `is` holds of a VM's console, and returns what it says.
+#[track_caller]
+fn await_console(colony: &Colony, vm: VmId, mut is: impl FnMut(&str) -> bool) -> String {
+    let member = colony.member(vm).expect("it lives");
+    let found = member.wait_for(LIMIT, |state| {
+        let text = String::from_utf8_lossy(&state.console).into_owned();
+        if is(&text) {
+            return Some(Ok(text));
+        }
+        state.ended.clone().map(|ended| Err((ended, text)))
+    });
+    match found {
+        Ok(Ok(text)) => text,
+        Ok(Err((ended, text))) => panic!("{vm} has ended: {ended:?}; it said: {text}"),
+        Err(error) => panic!("{vm}: {error}; it said: {}", String::from_utf8_lossy(&member.state().console)),
+    }
+}
+
+fn fork(colony: &Colony, vm: VmId) -> VmId {
+    colony.fork(vm, 1).unwrap_or_else(|error| panic!("a fork of {vm}: {error}")).clones[0].vm
+}
+
+// ---- a bare image ----
+
+/// Counts at 3 MiB, and prints the count as eight letters (a = 0 to p = 15) and a newline, for ever.
+const COUNTER: &[u8] = &[
+    0x48, 0xbb, 0x00, 0x00, 0x30, 0x00, 0x00, 0x00, 0x00, 0x00, // mov rbx, 0x300000
+    0x48, 0xff, 0x03, // next: inc qword [rbx]
+    0x48, 0x8b, 0x33, // mov rsi, [rbx]
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb9, 0x08, 0x00, 0x00, 0x00, // mov ecx, 8
+    0x48, 0x89, 0xf0, // digit: mov rax, rsi
+    0xc1, 0xe8, 0x1c, // shr eax, 28
+    0x04, 0x61, // add al, 'a'
+    0xee, // out dx, al
+    0xc1, 0xe6, 0x04, // shl esi, 4
+    0xff, 0xc9, // dec ecx
+    0x75, 0xf0, // jnz digit
+    0xb0, 0x0a, // mov al, 10
+    0xee, // out dx, al
+    0xb9, 0xd0, 0x07, 0x00, 0x00, // mov ecx, 2000
+    0xff, 0xc9, // wait: dec ecx
+    0x75, 0xfc, // jnz wait
+    0xeb, 0xd3, // jmp next
+];
+/// Prints what it reads.
+const ECHO: &[u8] = &[
+    0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
+    0xec, // poll: in al, dx
+    0xa8, 0x01, // test al, 1
+    0x74, 0xfb, // jz poll
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xec, // in al, dx
+    0xee, // out dx, al
+    0xeb, 0xef, // jmp from the start
+];
+/// Says "?" without a newline, then enables no interrupt, as a driver that has finished.
+const PROMPT: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, 0x3f, // mov al, '?'
+    0xee, // out dx, al
+    0xff, 0xc2, // inc edx
+    0xb0, 0x00, // mov al, 0
+    0xee, // out dx, al
+    0xeb, 0xfe, // jmp here
+];
+/// Asks the keyboard controller for a reset.
+const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]; // mov al, 0xfe; out 0x64, al; hlt
+/// An exception without a table for it.
+const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b]; // ud2
+
+const CODE: u64 = 2 << 20;
+const HEADERS: usize = 64 + 56;
+
+/// A static ELF64 executable whose one segment is `code`, at 2 MiB.
+fn bare_image(code: &[u8]) -> Vec<u8> {
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    for half in [2_u16, 62] {
+        image.extend(half.to_le_bytes());
+    }
+    image.extend(1_u32.to_le_bytes());
+    for word in [CODE, 64, 0] {
+        image.extend(word.to_le_bytes());
+    }
+    image.extend(0_u32.to_le_bytes());
+    for half in [64_u16, 56, 1, 64, 0, 0] {
+        image.extend(half.to_le_bytes());
+    }
+    let len_bytes = u64::try_from(code.len()).expect("a few instructions");
+    let offset = u64::try_from(HEADERS).expect("small");
+    image.extend([1_u32, 7].into_iter().flat_map(u32::to_le_bytes));
+    image.extend([offset, CODE, CODE, len_bytes, len_bytes, 1].into_iter().flat_map(u64::to_le_bytes));
+    assert_eq!(image.len(), HEADERS);
+    image.extend(code);
+    image
+}
+
+/// The counts in whole lines.
+fn counts(text: &str) -> Vec<u32> {
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let digit = |value: u32, letter: u8| value << 4 | u32::from(letter.wrapping_sub(b'a'));
+    // A clone's first line may be the rest of one that its source had begun.
+    let whole_lines = whole.lines().filter(|line| line.len() == 8);
+    whole_lines.map(|line| line.bytes().fold(0, digit)).collect()
+}
+
+#[track_caller]
+fn assert_consecutive(vm: VmId, counts: &[u32]) {
+    assert!(counts.windows(2).all(|pair| pair[1] == pair[0] + 1), "{vm} counts {counts:?}");
+}
+
+#[test]
+fn a_bare_image_is_forked_while_it_runs() {
+    let test = "a_bare_image_is_forked_while_it_runs";
+    // A second vCPU waits for its start-up interrupt all the time.
+    for (irqchip, vcpus) in [(Irqchip::Split, 1), (Irqchip::Full, 1), (Irqchip::Full, 2)] {
+        let Some(colony) = colony_of(test, 16, irqchip, vcpus) else { return };
+        let image = file(&bare_image(COUNTER));
+        let root = colony.boot_image(&image, None, "").expect("an image that boots");
+        await_console(&colony, root, |text| counts(text).len() >= 3);
+        let child = fork(&colony, root);
+        let before = counts(&await_console(&colony, root, |_| true)).len();
+        await_console(&colony, child, |text| counts(text).len() >= 4);
+        let grandchild = fork(&colony, child);
+        let [root_says, child_says, grandchild_says] =
+            [(root, before + 4), (child, 8), (grandchild, 4)].map(|(vm, lines)| {
+                let said = counts(&await_console(&colony, vm, |text| counts(text).len() >= lines));
+                assert_consecutive(vm, &said);
+                said
+            });
+        // Each goes on from where its source was, by the count in its own memory.
+        assert_eq!(root_says[0], 1);
+        assert!(child_says[0] > 3, "{child_says:?}");
+        assert!(grandchild_says[0] > child_says[3], "{grandchild_says:?} after {child_says:?}");
+        colony.check().expect("a sound state");
+    }
+}
+
+#[test]
+fn input_reaches_the_guest_and_a_prompt_its_reader() {
+    let test = "input_reaches_the_guest_and_a_prompt_its_reader";
+    let Some(echo) = colony(test, 16, Irqchip::Full) else { return };
+    let vm = echo.boot_image(&file(&bare_image(ECHO)), None, "").expect("an image that boots");
+    assert_eq!(echo.console_input(vm, b"hello\n").expect("it takes input"), 6);
+    await_console(&echo, vm, |text| text == "hello\n");
+    let clone = fork(&echo, vm);
+    assert_eq!(echo.console_input(clone, b"clone\n").expect("it takes input"), 6);
+    await_console(&echo, clone, |text| text == "clone\n");
+    let prompt = colony(test, 16, Irqchip::Split).expect("as before");
+    let vm = prompt.boot_image(&file(&bare_image(PROMPT)), None, "").expect("an image that boots");
+    await_console(&prompt, vm, |text| text == "?");
+}
+
+fn ended(code: &[u8], test: &str) -> Option<(Option<u32>, String)> {
+    let colony = colony(test, 16, Irqchip::Full)?;
+    let vm = colony.boot_image(&file(&bare_image(code)), None, "").expect("an image that boots");
+    let member = colony.member(vm).expect("it lives");
+    Some(member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends"))
+}
+
+#[test]
+fn a_reset_ends_the_run_with_status_0() {
+    let Some((status, text)) = ended(RESET, "a_reset_ends_the_run_with_status_0") else { return };
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("reset by the guest"), "{text}");
+}
+
+#[test]
+fn a_triple_fault_is_described() {
+    let Some((status, text)) = ended(TRIPLE_FAULT, "a_triple_fault_is_described") else { return };
+    assert_eq!(status, None, "{text}");
+    assert!(text.contains("0f, 0b") || text.contains("triple fault"), "{text}");
+}
+
+// ---- images that are refused ----
+
+#[test]
+fn bad_images_are_refused_with_a_reason() {
+    let test = "bad_images_are_refused_with_a_reason";
+    let Some(colony) = colony(test, 16, Irqchip::Split) else { return };
+    let good = bare_image(COUNTER);
+    let with = |at: usize, bytes: &[u8]| {
+        let mut image = good.clone();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        image
+    };
+    let dynamic = with(64, &3_u32.to_le_bytes());
+    let bad: [(&str, Vec<u8>); 16] = [
+        ("neither an ELF file nor a bzImage", b"#!/bin/sh\n".to_vec()),
+        ("neither an ELF file nor a bzImage", Vec::new()),
+        ("truncated", good[..10].to_vec()),
+        ("truncated", good[..40].to_vec()),
+        ("truncated", good[..100].to_vec()),
+        ("truncated", good[..good.len() - 1].to_vec()),
+        ("32-bit", with(4, &[1])),
+        ("machine 183", with(18, &183_u16.to_le_bytes())),
+        ("dynamically linked", with(16, &3_u16.to_le_bytes())),
+        ("dynamically linked", dynamic),
+        ("type 1", with(16, &1_u16.to_le_bytes())),
+        ("program headers", with(54, &32_u16.to_le_bytes())),
+        ("entry 0x10", with(24, &16_u64.to_le_bytes())),
+        ("RAM for it", with(64 + 40, &(16_u64 << 20).to_le_bytes())),
+        ("segment's address", with(64 + 24, &(u64::MAX - 1).to_le_bytes())),
+        ("truncated", with(64 + 8, &u64::MAX.to_le_bytes())),
+    ];
+    for (expected, image) in bad {
+        refused(&colony, expected, colony.boot_image(&file(&image), None, ""));
+    }
+    let image = file(&good);
+    let too_large = file(&vec![0; 14 << 20]);
+    refused(&colony, "initrd", colony.boot_image(&image, Some(&too_large), ""));
+    refused(&colony, "command line has 2048", colony.boot_image(&image, None, &"x".repeat(2048)));
+    refused(&colony, "NUL at byte 1", colony.boot_image(&image, None, "a\0b"));
+    let directory = File::open("/").expect("a directory");
+    refused(&colony, "regular file", colony.boot_image(&directory, None, ""));
+    // The colony still works.
+    let vm = colony.boot_image(&image, None, &"x".repeat(2047)).expect("a good image");
+    await_console(&colony, vm, |text| !counts(text).is_empty());
+}
+
+#[track_caller]
+fn refused(colony: &Colony, expected: &str, result: Result<VmId, ColonyError>) {
+    match result {
+        Err(ColonyError::Refused { reason, .. }) if reason.contains(expected) => {}
+        other => panic!("not refused for {expected:?}: {other:?}"),
+    }
+    assert!(colony.vms().is_empty(), "a refused image leaves no vm");
+}
+
+// ---- Linux ----
+
+/// A kernel and its initrd.
+fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
+    if let (Some(kernel), Some(initrd)) = (env::var_os("SALP_TEST_KERNEL"), env::var_os("SALP_TEST_INITRD")) {
+        return Some((kernel.into(), initrd.into()));
+    }
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/linux-guest");
+    let found = (built.join("vmlinux"), built.join("initramfs.cpio"));
+    if found.0.is_file() && found.1.is_file() {
+        return Some(found);
+    }
+    println!(
+        "SKIPPED: {test}: no Linux guest: run `make linux-guest`, or set SALP_TEST_KERNEL and SALP_TEST_INITRD"
+    );
+    None
+}
+
+#[test]
+fn linux_is_forked_while_its_init_runs() {
+    let test = "linux_is_forked_while_its_init_runs";
+    let Some((kernel, initrd)) = linux(test) else { return };
+    let Some(colony) = colony(test, 64, Irqchip::Full) else { return };
+    assert!(fs::metadata(&kernel).is_ok(), "{} is no file", kernel.display());
+    let (kernel, initrd) = (File::open(kernel).expect("a kernel"), File::open(initrd).expect("an initrd"));
+    colony.warm().expect("a pool");
+    let begun = Instant::now();
+    let root = colony.boot_image(&kernel, Some(&initrd), LINUX_COMMAND_LINE).expect("a boot");
+    await_console(&colony, root, |text| text.contains("INIT-REACHED"));
+    println!("the root reached its init after {:?}", begun.elapsed());
+    let forked = Instant::now();
+    let child = fork(&colony, root);
+    println!("forked after {:?}", forked.elapsed());
+    let before = await_console(&colony, root, |_| true).lines().count();
+    await_console(&colony, child, |text| text.lines().count() > 2);
+    let begun = Instant::now();
+    let grandchild = fork(&colony, child);
+    println!("a clone of the clone forked after {:?}", begun.elapsed());
+    for (vm, lines) in [(root, before + 3), (child, 3), (grandchild, 3)] {
+        let said = await_console(&colony, vm, |text| text.lines().count() >= lines);
+        println!("{vm} says:\n{said}");
+        assert!(!said.contains("panic") && !said.contains("BUG"), "{said}");
+        // The clones were cut after this line, and go on.
+        assert!(vm == root || !said.contains("INIT-REACHED"), "{said}");
+        let ticks = said.lines().filter_map(|line| line.strip_prefix("tick ")?.trim().parse().ok());
+        assert_consecutive(vm, &ticks.collect::<Vec<u32>>());
+    }
+    colony.check().expect("a sound state");
+}
