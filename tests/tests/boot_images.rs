@@ -285,9 +285,7 @@ fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
     if found.0.is_file() && found.1.is_file() {
         return Some(found);
     }
-    println!(
-        "SKIPPED: {test}: no Linux guest: run `make linux-guest`, or set SALP_TEST_KERNEL and SALP_TEST_INITRD"
-    );
+    println!("SKIPPED: {test}: run `make linux-guest`, or set SALP_TEST_KERNEL and SALP_TEST_INITRD");
     None
 }
 

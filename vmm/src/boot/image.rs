@@ -250,9 +250,9 @@ fn tables() -> Vec<u8> {
     const TABLE: u64 = 0x23;
     const LARGE: u64 = 0xe3;
     let mut entries = vec![0_u64; 2 * 512];
-    entries[0] = TABLES + PAGE | TABLE;
+    entries[0] = (TABLES + PAGE) | TABLE;
     for gib in 0..4 {
-        entries[512 + gib] = TABLES + (2 + wide(gib)) * PAGE | TABLE;
+        entries[512 + gib] = (TABLES + (2 + wide(gib)) * PAGE) | TABLE;
     }
     entries.extend((0..4 * 512).map(|leaf: u64| leaf << 21 | LARGE));
     entries.into_iter().flat_map(u64::to_le_bytes).collect()

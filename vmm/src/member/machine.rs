@@ -182,10 +182,10 @@ fn ignore(claim: Claim) {
 impl Machine for MemberMachine {
     fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
         self.mark_exit();
-        if let Some(live) = self.live.get() {
-            if live.bus.port_read(port, data) == Claim::Nobody {
-                read_port(port, data);
-            }
+        if let Some(live) = self.live.get()
+            && live.bus.port_read(port, data) == Claim::Nobody
+        {
+            read_port(port, data);
         }
     }
 
