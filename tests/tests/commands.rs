@@ -11,7 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use salp_tests::GuestKind;
-use salp_tests::procs::{MARK, Scratch, entries, expect_nothing_left, salp_binary, settled};
+use salp_tests::procs::{MARK, Scratch, entries, expect_nothing_left, marked, salp_binary, settled};
 use salp_tests::world::can_run;
 use serde_json::Value;
 
@@ -109,6 +109,17 @@ impl User {
 
     fn end(self) {
         expect_nothing_left(&self.mark, &self.scratch);
+    }
+}
+
+impl Drop for User {
+    /// A test that failed leaves no VM behind either. After [`end`](User::end) there is none.
+    fn drop(&mut self) {
+        for pid in marked(MARK, &self.mark) {
+            let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+            // A member that went with its keeper is gone already.
+            let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
+        }
     }
 }
 
