@@ -41,9 +41,15 @@ pub struct RunArguments {
     /// The VM's name; without it one is made up
     #[arg(long)]
     name: Option<String>,
-    /// What the built-in guest is told: its case and options
-    #[arg(long, default_value = "case=idle")]
-    cmdline: String,
+    /// A kernel to run instead of the built-in guest: a static ELF64 image or a bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// What the guest is told; the built-in one its case and options, `case=idle` if nothing is said
+    #[arg(long)]
+    cmdline: Option<String>,
     /// A file that the DMA engine's storage begins with; it is never written
     #[arg(long, value_name = "FILE")]
     dma_backing: Option<PathBuf>,
@@ -69,9 +75,11 @@ pub enum RunError {
         /// What there is.
         available: String,
     },
-    /// The file of the DMA engine's storage.
-    #[error("--dma-backing {}: {why}", path.display())]
-    Backing {
+    /// A file that an option names.
+    #[error("{option} {}: {why}", path.display())]
+    File {
+        /// The option.
+        option: &'static str,
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
@@ -141,7 +149,7 @@ fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
 /// Looks at everything that can be wrong before anything is started.
 fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
     MemoryShape::new(arguments.memory)?;
-    if arguments.memory < LEAST_BYTES {
+    if arguments.kernel.is_none() && arguments.memory < LEAST_BYTES {
         return Err(RunError::TooSmall(size::show(arguments.memory)));
     }
     let available = available_memory_bytes().unwrap_or(u64::MAX);
@@ -150,21 +158,28 @@ fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
         return Err(RunError::TooMuch { asked, available });
     }
     arguments.name.as_deref().map_or(Ok(()), check_name)?;
-    let dma_backing = arguments.dma_backing.as_deref().map(backing).transpose()?;
+    let file =
+        |option, path: &Option<PathBuf>| path.as_deref().map(|path| readable(option, path)).transpose();
+    let dma_backing = file("--dma-backing", &arguments.dma_backing)?;
+    let kernel = file("--kernel", &arguments.kernel)?;
+    let initrd = file("--initrd", &arguments.initrd)?;
+    let usual = if kernel.is_some() { "" } else { "case=idle" };
     Kvm::open()?;
     Ok(Settings {
         name: arguments.name.clone(),
         memory_bytes: arguments.memory,
         cpus: arguments.cpus,
-        command_line: arguments.cmdline.clone(),
+        command_line: arguments.cmdline.clone().unwrap_or_else(|| usual.to_owned()),
+        kernel,
+        initrd,
         dma_backing,
         is_background: arguments.detach,
     })
 }
 
 /// The absolute path of a file that can be read.
-fn backing(path: &Path) -> Result<PathBuf, RunError> {
-    let wrong = |why: String| RunError::Backing { path: path.to_owned(), why };
+fn readable(option: &'static str, path: &Path) -> Result<PathBuf, RunError> {
+    let wrong = |why: String| RunError::File { option, path: path.to_owned(), why };
     let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
     let metadata = file.metadata().map_err(|error| wrong(error.to_string()))?;
     if !metadata.is_file() {

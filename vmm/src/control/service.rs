@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
@@ -22,6 +22,7 @@ use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
 use crate::keeper::{Colony, ColonyConfig};
+use crate::kvm::Irqchip;
 use crate::words::MemoryShape;
 
 /// What a colony's first VM is.
@@ -33,8 +34,12 @@ pub struct Settings {
     pub memory_bytes: u64,
     /// vCPUs of each VM of the colony.
     pub cpus: u8,
-    /// The built-in guest's command line.
+    /// What the guest is told.
     pub command_line: String,
+    /// A kernel image; none is the built-in guest.
+    pub kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk.
+    pub initrd: Option<PathBuf>,
     /// The file that the DMA engine's backing begins with.
     pub dma_backing: Option<PathBuf>,
     /// The keeper is no terminal's: its errors go to a file beside the socket.
@@ -127,7 +132,7 @@ impl Keeper {
         let colony = Colony::new(config(&settings)?)?;
         let observer: Weak<Registry> = Arc::downgrade(&registry);
         colony.observe(observer as Weak<dyn Observer>);
-        let root = colony.boot(&settings.command_line)?;
+        let root = boot(&colony, &settings)?;
         // A guest that has ended already has no member any more only if its process was killed.
         let pid = colony.member(root).map_or(0, |member| member.process());
         registry.add(Entry { name, vm: root, parent: None, pid, state: VmState::Running, console });
@@ -365,11 +370,22 @@ fn redirect_errors(path: PathBuf) -> Result<(), ControlError> {
 fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
     let mut config = ColonyConfig::new(MemoryShape::new(settings.memory_bytes)?);
     config.vcpus = settings.cpus;
+    if settings.kernel.is_some() {
+        config.irqchip = Irqchip::Full;
+    }
     if let Some(path) = &settings.dma_backing {
-        let file = File::open(path);
-        let file =
-            file.map_err(|source| ControlError::Host { action: "open", path: path.clone(), source })?;
-        config.backing_base = Some(Arc::new(file));
+        config.backing_base = Some(Arc::new(open(path)?));
     }
     Ok(config)
+}
+
+fn boot(colony: &Colony, settings: &Settings) -> Result<VmId, ControlError> {
+    let Some(kernel) = &settings.kernel else { return Ok(colony.boot(&settings.command_line)?) };
+    let kernel = open(kernel)?;
+    let initrd = settings.initrd.as_deref().map(open).transpose()?;
+    Ok(colony.boot_image(&kernel, initrd.as_ref(), &settings.command_line)?)
+}
+
+fn open(path: &Path) -> Result<File, ControlError> {
+    File::open(path).map_err(|source| ControlError::Host { action: "open", path: path.to_owned(), source })
 }
