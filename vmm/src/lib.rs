@@ -19,4 +19,5 @@ pub mod devices;
 pub mod boot;
 pub mod member;
 pub mod keeper;
+pub mod bench;
 pub mod cli;

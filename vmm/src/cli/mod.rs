@@ -1,5 +1,6 @@
 //! The command line: what each command is called, and how its result becomes an exit status.
 
+pub mod bench;
 pub mod demo;
 pub mod interrupt;
 pub mod size;
@@ -9,6 +10,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+use crate::bench::baseline::{self, BASELINE_ARGUMENT};
 use crate::member::{self, MEMBER_ARGUMENT};
 
 /// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight.
@@ -23,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Fork a running VM with DMA in flight, again and again, and show that every byte is right
     Demo(demo::DemoArguments),
+    /// Measure what a clone costs, against what people would use instead
+    Bench(bench::BenchArguments),
 }
 
 /// Exit status after an error that is not the guest's.
@@ -40,12 +44,22 @@ pub fn main() -> ExitCode {
             Err(error) => fail(&error),
         };
     }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == BASELINE_ARGUMENT) {
+        return match baseline::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
     match arguments.command {
         Command::Demo(arguments) => match demo::run(&arguments) {
+            Ok(code) => code,
+            Err(error) => fail(&error),
+        },
+        Command::Bench(arguments) => match bench::run(&arguments) {
             Ok(code) => code,
             Err(error) => fail(&error),
         },
