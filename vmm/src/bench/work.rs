@@ -145,11 +145,14 @@ mod tests {
     #[test]
     fn the_parts_of_the_work_do_not_overlap_and_stay_inside() {
         let shape = MemoryShape::new(64 << 20).expect("whole leaves");
-        let work = Work::over(shape, 4096, 7).expect("there is memory");
         let end = |run: PageRun| run.start + (run.pages << PAGE_SHIFT);
-        assert!(work.read.start >= layout::FREE && end(work.read) <= work.write.start);
-        assert!(end(work.write) <= work.fresh.start && end(work.fresh) <= 64 << 20);
-        assert!([work.read, work.write, work.fresh].iter().all(|run| (1..=4096).contains(&run.pages)));
+        for limit_pages in [16, 1 << 20] {
+            let work = Work::over(shape, limit_pages, 7).expect("there is memory");
+            assert!(work.read.start >= layout::FREE && end(work.read) <= work.write.start);
+            assert!(end(work.write) <= work.fresh.start && end(work.fresh) <= 64 << 20);
+            let parts = [work.read, work.write, work.fresh];
+            assert!(parts.iter().all(|run| (1..=limit_pages).contains(&run.pages)));
+        }
     }
 
     #[test]
