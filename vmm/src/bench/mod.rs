@@ -225,6 +225,8 @@ fn describe_host(guest: GuestKind, arenas: &[String]) -> Value {
         "arenas": arenas,
         "cgroup": read("/proc/self/cgroup"),
         "memory_available_bytes": available_memory_bytes(),
+        // Who else is at work: figures of a busy host are figures of its scheduler too.
+        "load_average": read("/proc/loadavg"),
         "build": if cfg!(debug_assertions) { "not optimised" } else { "optimised" },
         "command": std::env::args().collect::<Vec<_>>().join(" "),
         "version": env!("CARGO_PKG_VERSION"),
