@@ -5,7 +5,7 @@ CARGO ?= cargo
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint fmt linux-guest clean
+.PHONY: help build demo bench bench-smoke test lint fmt linux-guest clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,14 @@ build: ## Build salp, optimised: target/release/salp
 
 demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo
+
+# Other sizes and runs: `target/release/salp bench --help`.
+bench: build ## Measure what a clone costs, against other ways to a second VM
+	target/release/salp bench all --json target/bench.json --csv target/bench.csv
+
+bench-smoke: ## Check that the benchmark works: records come out and parse
+	$(CARGO) build --package salp
+	$(CARGO) test --package salp-tests --test bench_smoke -- --show-output
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
 # The whole-system tests start the binary `salp` of the same profile: it is built first.

@@ -20,4 +20,5 @@ pub mod boot;
 pub mod member;
 pub mod keeper;
 pub mod control;
+pub mod bench;
 pub mod cli;

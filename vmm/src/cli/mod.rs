@@ -1,5 +1,6 @@
 //! The command line: what each command is called, and how its result becomes an exit status.
 
+pub mod bench;
 pub mod demo;
 pub mod interrupt;
 pub mod run;
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+use crate::bench::baseline::{self, BASELINE_ARGUMENT};
 use crate::member::{self, MEMBER_ARGUMENT};
 
 /// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight.
@@ -35,6 +37,8 @@ enum Command {
     Stop(vms::NameArguments),
     /// Show what a VM has written, and what it writes, until it ends
     Console(vms::NameArguments),
+    /// Measure what a clone costs, against what people would use instead
+    Bench(bench::BenchArguments),
 }
 
 /// Exit status after an error that is not the guest's.
@@ -55,6 +59,9 @@ pub fn main() -> ExitCode {
         Some(argument) if argument == run::KEEPER_ARGUMENT => {
             return end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy()));
         }
+        Some(argument) if argument == BASELINE_ARGUMENT => {
+            return end(baseline::run().map(|()| ExitCode::SUCCESS));
+        }
         _ => {}
     }
     let arguments = match Arguments::try_parse() {
@@ -68,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Ps(arguments) => end(vms::ps(&arguments)),
         Command::Stop(arguments) => end(vms::stop(&arguments)),
         Command::Console(arguments) => end(vms::console(&arguments)),
+        Command::Bench(arguments) => end(bench::run(&arguments)),
     }
 }
 

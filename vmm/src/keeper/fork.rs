@@ -87,6 +87,26 @@ pub struct Stages {
     pub enter: f64,
 }
 
+impl Stages {
+    /// Each with its name.
+    #[must_use]
+    pub const fn named(&self) -> [(&'static str, f64); 11] {
+        [
+            ("reserve_structure", self.reserve_structure),
+            ("hop_to_source", self.hop_to_source),
+            ("reserve_memory", self.reserve_memory),
+            ("stop", self.stop),
+            ("hold", self.hold),
+            ("save", self.save),
+            ("copy", self.copy),
+            ("protect", self.protect),
+            ("resume", self.resume),
+            ("clone", self.clone),
+            ("enter", self.enter),
+        ]
+    }
+}
+
 impl Colony {
     /// Takes a cut of a VM and starts `count` clones from it.
     ///

@@ -144,6 +144,11 @@ impl Vcpu {
         &self.fd
     }
 
+    /// Its descriptor, to run it on the calling thread.
+    pub const fn fd_mut(&mut self) -> &mut VcpuFd {
+        &mut self.fd
+    }
+
     /// Saves its state.
     ///
     /// # Errors

@@ -1,0 +1,184 @@
+//! `salp bench`: what a clone costs, against what people would use instead. See [`bench`](crate::bench).
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use thiserror::Error;
+
+use super::interrupt::{self, Interrupt};
+use super::size;
+use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, report};
+use crate::member::messages::GuestKind;
+use crate::words::{MemoryShape, MemoryShapeError};
+
+/// What is measured, and how.
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    /// What to measure
+    #[arg(value_enum)]
+    what: What,
+    /// Memory of each VM; several with commas
+    #[arg(long, default_value = "128M,512M", value_delimiter = ',', value_parser = size::parse)]
+    memory: Vec<u64>,
+    /// How much of it is written before each fork: `all`, a size, or a percentage; several with commas
+    #[arg(long, default_value = "10%,all", value_delimiter = ',', value_parser = parse_dirty)]
+    dirty: Vec<Dirty>,
+    /// Whether to ask for huge pages; both with a comma
+    #[arg(long, value_enum, default_value = "on", value_delimiter = ',')]
+    huge: Vec<Switch>,
+    /// Pages that a device holds, for `pins`
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=16384))]
+    pins: u64,
+    /// Clones of each fork, for `fork` and `pause`
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    clones: u8,
+    /// Runs that count, after one that does not
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    runs: u32,
+    /// What runs in the VMs; threads measure the memory part where there is no KVM
+    #[arg(long, value_enum, default_value = "kvm")]
+    guest: Guest,
+    /// Write the records as JSON to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Write the records as CSV to this file
+    #[arg(long)]
+    csv: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Call, pause, first instruction and their stages
+    Fork,
+    /// The pause and its stages
+    Pause,
+    /// First reads and writes of a clone
+    Fault,
+    /// Copies of pinned pages
+    Pins,
+    /// Clones of clones
+    Chain,
+    /// How fast pages are published
+    Publish,
+    /// All of them
+    All,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Guest {
+    Kvm,
+    Thread,
+}
+
+/// Why there are no figures.
+#[derive(Debug, Error)]
+pub enum BenchCommandError {
+    /// The memory size.
+    #[error("{0}")]
+    Shape(#[from] MemoryShapeError),
+    /// The guest needs more than that.
+    #[error("the built-in guest needs 16M of memory at least, --memory gives {0}")]
+    TooSmall(String),
+    /// The benchmark.
+    #[error("{0}")]
+    Bench(#[from] BenchError),
+    /// This program's own path, or signals.
+    #[error("{0}")]
+    Host(std::io::Error),
+    /// A file.
+    #[error("{path} cannot be written: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Measures, and reports.
+///
+/// # Errors
+/// What kept it from measuring.
+pub fn run(arguments: &BenchArguments) -> Result<ExitCode, BenchCommandError> {
+    let interrupt = Interrupt::watch().map_err(BenchCommandError::Host)?;
+    let plan = Plan {
+        benchmarks: benchmarks(arguments.what),
+        memory: arguments.memory.iter().map(|bytes| shape(*bytes)).collect::<Result<_, _>>()?,
+        dirty: arguments.dirty.clone(),
+        huge: arguments.huge.iter().map(|huge| *huge == Switch::On).collect(),
+        pins: arguments.pins,
+        clones: arguments.clones.into(),
+        runs: arguments.runs,
+        guest: match arguments.guest {
+            Guest::Kvm => GuestKind::Kvm,
+            Guest::Thread => GuestKind::Thread,
+        },
+        program: std::env::current_exe().map_err(BenchCommandError::Host)?,
+        is_interrupted: &|| interrupt.seen().is_some(),
+        progress: &|line| eprintln!("salp: {line}"),
+    };
+    match bench::run(&plan) {
+        Ok(findings) => publish(arguments, &findings).map(|()| ExitCode::SUCCESS),
+        Err(BenchError::Interrupted) => {
+            eprintln!("salp: interrupted, everything is ended");
+            Ok(ExitCode::from(interrupt.seen().map_or(1, interrupt::status)))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Files first: a table that nobody reads any more must not keep them from being written.
+fn publish(arguments: &BenchArguments, findings: &Findings) -> Result<(), BenchCommandError> {
+    use std::io::Write as _;
+    let write = |path: &PathBuf, text: String| {
+        std::fs::write(path, text).map_err(|source| BenchCommandError::File { path: path.clone(), source })
+    };
+    if let Some(path) = &arguments.json {
+        let text = report::json(&findings.records, &findings.host).map_err(std::io::Error::from);
+        write(path, text.map_err(BenchCommandError::Host)?)?;
+    }
+    if let Some(path) = &arguments.csv {
+        write(path, report::csv(&findings.records))?;
+    }
+    let mut out = std::io::stdout().lock();
+    let text = format!("{}\nhost: {}\n", report::table(&findings.records), findings.host);
+    out.write_all(text.as_bytes()).map_err(BenchCommandError::Host)
+}
+
+fn benchmarks(what: What) -> Vec<Benchmark> {
+    match what {
+        What::Fork => vec![Benchmark::Fork],
+        What::Pause => vec![Benchmark::Pause],
+        What::Fault => vec![Benchmark::Fault],
+        What::Pins => vec![Benchmark::Pins],
+        What::Chain => vec![Benchmark::Chain],
+        What::Publish => vec![Benchmark::Publish],
+        What::All => Benchmark::ALL.to_vec(),
+    }
+}
+
+fn shape(bytes: u64) -> Result<(MemoryShape, String), BenchCommandError> {
+    if bytes < 16 << 20 {
+        return Err(BenchCommandError::TooSmall(size::show(bytes)));
+    }
+    Ok((MemoryShape::new(bytes)?, size::show(bytes)))
+}
+
+fn parse_dirty(text: &str) -> Result<Dirty, String> {
+    let wrong = || format!("{text} is neither all, nor a size such as 64M, nor a percentage such as 10%");
+    match text.strip_suffix('%') {
+        _ if text == "all" => Ok(Dirty::All),
+        Some(percent) => {
+            let percent = percent.parse().ok().filter(|percent: &u64| *percent <= 100);
+            percent.map(Dirty::Percent).ok_or_else(wrong)
+        }
+        None => size::parse(text).map(Dirty::Bytes).map_err(|_| wrong()),
+    }
+}
