@@ -224,6 +224,7 @@ impl Shared {
         let clones = self.start_clones(source, cut, &taken, members);
         self.lock().family.let_go_of_cut(cut);
         self.post(Job::Sweep);
+        self.post(Job::FillPool);
         Ok(Forked {
             cut,
             source,

@@ -299,7 +299,9 @@ impl Colony {
                 other => break (Arc::clone(&member), other?),
             }
         };
-        match member.ask(order(vm), descriptors) {
+        let answer = member.ask(order(vm), descriptors);
+        self.shared.post(Job::FillPool);
+        match answer {
             Ok(_) => Ok(vm),
             Err(error) => {
                 member.kill();
@@ -440,14 +442,14 @@ impl Shared {
         self.is_closing.load(Ordering::SeqCst)
     }
 
-    /// A ready member: from the pool, or made now.
+    /// A ready member: from the pool, or made now. Whoever has taken all that he needs asks for the
+    /// pool to be filled again: not before, for that takes processor time from what he does.
     fn take_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
         let pooled = {
             let mut inner = self.lock();
             inner.pool.retain(|member| member.is_alive());
             inner.pool.pop_front()
         };
-        self.post(Job::FillPool);
         pooled.map_or_else(|| self.make_member(), Ok)
     }
 
