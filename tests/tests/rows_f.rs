@@ -17,6 +17,7 @@ both_guests! {
     f5_a_second_fork_before_the_first_is_published;
     f6_a_clone_forks_before_it_is_published;
     f6_a_fresh_clone_forks_at_once;
+    f7_a_guest_forks_itself;
 }
 
 const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
@@ -179,11 +180,8 @@ fn f6_a_fresh_clone_forks_at_once(test: &str, guest: GuestKind) {
     world.finish();
 }
 
-/// Only vCPUs make calls: a thread guest does not.
-#[test]
-fn f7_a_guest_forks_itself_kvm() {
-    let test = "f7_a_guest_forks_itself_kvm";
-    let Some(world) = World::new(test, GuestKind::Kvm, &Setup::default()) else { return };
+fn f7_a_guest_forks_itself(test: &str, guest: GuestKind) {
+    let Some(world) = World::new(test, guest, &Setup::default()) else { return };
     let root = world.root();
     write_memory(&world, root);
     let mut source = root;

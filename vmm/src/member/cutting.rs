@@ -117,6 +117,7 @@ impl Member {
             backing: Some(backing.freeze(held)),
             extents: Vec::new(),
             serial: live.bus.serial.save(held),
+            asked_by,
         })
     }
 

@@ -229,6 +229,9 @@ impl Member {
             vcpu.set(state)?;
         }
         let answer = self.go()?;
+        if let (GuestKind::Thread, Some(vcpu)) = (self.setup.guest, snapshot.asked_by) {
+            self.machine.tell(Event::Puppet { vcpu, result: 0 });
+        }
         // After the vCPUs: a registered buffer is pinned again, which waits for its pages.
         if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
             dma.start().map_err(MemberError::Window)?;

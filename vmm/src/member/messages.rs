@@ -71,6 +71,9 @@ pub struct Snapshot {
     pub extents: Vec<ExtentFileId>,
     /// The serial port.
     pub serial: SerialState,
+    /// The vCPU whose call asked for the cut: in the clones it returns 0. In the state of a vCPU that
+    /// is so already; a thread guest is told.
+    pub asked_by: Option<usize>,
 }
 
 /// A request to a member. Answered by [`Reply`] or an error text.

@@ -71,12 +71,19 @@ fn run(machine: &MemberMachine, stop: &AtomicBool) {
             }
             continue;
         }
-        let result = poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None);
-        if let Err(error) = result
-            && error != rustix::io::Errno::INTR
-        {
-            tracing::error!(%error, "waiting for orders failed");
+        if !await_letter(mailbox) {
             return;
+        }
+    }
+}
+
+/// Waits until something may have come. False: nothing ever will.
+fn await_letter(mailbox: &Mailbox) -> bool {
+    match poll(&mut [PollFd::from_borrowed_fd(mailbox.as_fd(), PollFlags::IN)], None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => true,
+        Err(error) => {
+            tracing::error!(%error, "waiting for orders failed");
+            false
         }
     }
 }
@@ -119,6 +126,7 @@ impl Guest<'_> {
                 u64::from_le_bytes(value)
             }),
             order::COUNT => self.count(a, b, c),
+            order::FORK => Ok(self.fork()),
             _ => Ok(call::FAILED),
         }
     }
@@ -159,6 +167,21 @@ impl Guest<'_> {
 
     fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> Done {
         Ok(self.live.bus.dma.as_ref().map_or(call::FAILED, work))
+    }
+
+    /// Asks for a fork and waits for its result: the clone's id. The clone's own guest is told 0.
+    fn fork(&self) -> u64 {
+        let Some(mailbox) = self.machine.mailbox(0) else { return call::FAILED };
+        self.machine.tell(Event::ForkAsked { vcpu: 0 });
+        loop {
+            mailbox.hush();
+            if let Some(clone) = mailbox.take_fork() {
+                return clone.map_or(call::FAILED, |clone| u64::from(clone.0));
+            }
+            if self.stop.load(Ordering::SeqCst) || !await_letter(mailbox) {
+                return call::FAILED;
+            }
+        }
     }
 
     fn count(&self, first: u64, second: u64, rounds: u64) -> Done {
