@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 /// The salp binary of the build that this test belongs to.
@@ -217,4 +218,19 @@ pub fn expect_nothing_left(mark: &str, scratch: &Scratch) {
     let shared: Vec<_> = entries("/dev/shm").into_iter().filter(|name| name.contains("salp")).collect();
     assert!(shared.is_empty(), "shared memory is left: {shared:?}");
     assert_eq!(scratch.names(), Vec::<String>::new(), "files are left");
+}
+
+/// What a command has put out is a refusal: it fails with that status, saying one line in which all of
+/// `words` are.
+#[track_caller]
+pub fn expect_refusal(output: &Output, status: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "status of: {said}");
+    assert_eq!(said.lines().count(), 1, "one line, not:\n{said}");
+    assert!(said.starts_with("salp: "), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in: {said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
 }

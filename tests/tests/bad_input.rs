@@ -14,7 +14,7 @@ use salp::kvm::Kvm;
 use salp::member::messages::{Order, PuppetOrder};
 use salp::words::MemoryShape;
 use salp_protocol::{exit, layout, order};
-use salp_tests::procs::{MARK, Scratch, expect_nothing_left, salp_binary};
+use salp_tests::procs::{MARK, Scratch, expect_nothing_left, expect_refusal, salp_binary};
 
 const NOBODY: u32 = 65_534;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -33,19 +33,6 @@ fn salp(arguments: &[&str]) -> Command {
     let mut command = Command::new(salp_binary());
     command.args(arguments);
     command
-}
-
-/// Fails with that status, saying one line in which all of `words` are.
-fn expect_refusal(output: &Output, status: i32, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "status of: {said}");
-    assert_eq!(said.lines().count(), 1, "one line, not:\n{said}");
-    assert!(said.starts_with("salp: "), "{said}");
-    for word in words {
-        assert!(said.contains(word), "no {word:?} in: {said}");
-    }
-    assert!(!said.contains("panicked"), "{said}");
-    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 /// The host must let a demo run as far as to look at its memory.

@@ -11,7 +11,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use salp_tests::GuestKind;
-use salp_tests::procs::{MARK, Scratch, entries, expect_nothing_left, marked, salp_binary, settled};
+use salp_tests::procs::{
+    MARK, Scratch, entries, expect_nothing_left, expect_refusal, marked, salp_binary, settled,
+};
 use salp_tests::world::can_run;
 use serde_json::Value;
 
@@ -121,17 +123,6 @@ impl Drop for User {
             let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
         }
     }
-}
-
-fn expect_refusal(output: &Output, status: i32, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "status of: {said}");
-    assert_eq!(said.lines().count(), 1, "one line, not:\n{said}");
-    assert!(said.starts_with("salp: "), "{said}");
-    for word in words {
-        assert!(said.contains(word), "no {word:?} in: {said}");
-    }
-    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 fn signal(pid: u32, signal: rustix::process::Signal) {

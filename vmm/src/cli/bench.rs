@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use thiserror::Error;
 
 use super::interrupt::{self, Interrupt};
+use super::memory::BUILTIN_LEAST_BYTES;
 use super::size;
 use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, report};
 use crate::member::messages::GuestKind;
@@ -165,7 +166,7 @@ fn benchmarks(what: What) -> Vec<Benchmark> {
 }
 
 fn shape(bytes: u64) -> Result<(MemoryShape, String), BenchCommandError> {
-    if bytes < 16 << 20 {
+    if bytes < BUILTIN_LEAST_BYTES {
         return Err(BenchCommandError::TooSmall(size::show(bytes)));
     }
     Ok((MemoryShape::new(bytes)?, size::show(bytes)))

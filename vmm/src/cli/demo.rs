@@ -9,13 +9,13 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::interrupt::{self, Interrupt};
+use super::memory::{self, BUILTIN_LEAST_BYTES, MemoryError};
 use super::size;
 use crate::family::VmId;
 use crate::keeper::fork::{Cloned, ForkTimes, Forked};
-use crate::keeper::{Colony, ColonyConfig, ColonyError, available_memory_bytes};
+use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::{HostDescription, Kvm, KvmError};
 use crate::member::messages::{Order, Progress};
-use crate::words::{MemoryShape, MemoryShapeError};
 
 /// How the demo runs.
 #[derive(Debug, Args)]
@@ -54,18 +54,7 @@ enum Huge {
 pub enum DemoError {
     /// The memory size.
     #[error("{0}")]
-    Shape(#[from] MemoryShapeError),
-    /// The guest needs more than that.
-    #[error("the built-in guest needs 16M of memory at least, --memory gives {0}")]
-    TooSmall(String),
-    /// The host has less.
-    #[error("--memory {asked} is more than the {available} that this host has available: give less")]
-    TooMuch {
-        /// What was asked for.
-        asked: String,
-        /// What there is.
-        available: String,
-    },
+    Memory(#[from] MemoryError),
     /// The registered pages do not fit.
     #[error("--pins {pins} does not fit into --memory {memory}: the guest needs {needed} for that")]
     Pins {
@@ -176,15 +165,7 @@ struct Demo<'a> {
 
 impl<'a> Demo<'a> {
     fn new(arguments: &'a DemoArguments, interrupt: Interrupt) -> Result<Self, DemoError> {
-        let shape = MemoryShape::new(arguments.memory)?;
-        if arguments.memory < 16 << 20 {
-            return Err(DemoError::TooSmall(size::show(arguments.memory)));
-        }
-        let available = available_memory_bytes().unwrap_or(u64::MAX);
-        if arguments.memory > available {
-            let (asked, available) = (size::show(arguments.memory), size::show(available));
-            return Err(DemoError::TooMuch { asked, available });
-        }
+        let (shape, available) = memory::check(arguments.memory, BUILTIN_LEAST_BYTES)?;
         let dirty_mib = dirty_mib(arguments)?;
         // Before any process is started: what is missing is said once, and clearly.
         let kvm = Kvm::open()?;

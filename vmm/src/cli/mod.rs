@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod demo;
 pub mod interrupt;
+pub mod memory;
 pub mod run;
 pub mod size;
 pub mod vms;

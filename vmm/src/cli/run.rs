@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::Args;
 use thiserror::Error;
 
+use super::memory::{self, BUILTIN_LEAST_BYTES, MemoryError};
 use super::{interrupt, size};
 use crate::control::ControlError;
 use crate::control::VmState;
@@ -18,16 +19,12 @@ use crate::control::place::{Place, check_name};
 use crate::control::registry::Entry;
 use crate::control::service::{Keeper, Outcome, Settings};
 use crate::ipc::spawn::{self, SpawnError};
-use crate::keeper::available_memory_bytes;
 use crate::kvm::{Kvm, KvmError};
-use crate::words::{MemoryShape, MemoryShapeError};
 
 /// The argument that makes `salp` a keeper in the background.
 pub const KEEPER_ARGUMENT: &str = "__keeper";
 /// The descriptor at which it says whether it could start.
 const REPORT_NUMBER: RawFd = 3;
-/// What the built-in guest needs at least.
-const LEAST_BYTES: u64 = 16 << 20;
 
 /// What runs.
 #[derive(Debug, Args)]
@@ -63,18 +60,7 @@ pub struct RunArguments {
 pub enum RunError {
     /// The memory size.
     #[error("{0}")]
-    Shape(#[from] MemoryShapeError),
-    /// The guest needs more than that.
-    #[error("the built-in guest needs 16M of memory at least, --memory gives {0}")]
-    TooSmall(String),
-    /// The host has less.
-    #[error("--memory {asked} is more than the {available} that this host has available: give less")]
-    TooMuch {
-        /// What was asked for.
-        asked: String,
-        /// What there is.
-        available: String,
-    },
+    Memory(#[from] MemoryError),
     /// A file that an option names.
     #[error("{option} {}: {why}", path.display())]
     File {
@@ -148,15 +134,9 @@ fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
 
 /// Looks at everything that can be wrong before anything is started.
 fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
-    MemoryShape::new(arguments.memory)?;
-    if arguments.kernel.is_none() && arguments.memory < LEAST_BYTES {
-        return Err(RunError::TooSmall(size::show(arguments.memory)));
-    }
-    let available = available_memory_bytes().unwrap_or(u64::MAX);
-    if arguments.memory > available {
-        let (asked, available) = (size::show(arguments.memory), size::show(available));
-        return Err(RunError::TooMuch { asked, available });
-    }
+    // What another kernel needs its loader says.
+    let least = if arguments.kernel.is_none() { BUILTIN_LEAST_BYTES } else { 0 };
+    memory::check(arguments.memory, least)?;
     arguments.name.as_deref().map_or(Ok(()), check_name)?;
     let file =
         |option, path: &Option<PathBuf>| path.as_deref().map(|path| readable(option, path)).transpose();

@@ -16,7 +16,7 @@ use crate::frames::CutId;
 use crate::member::messages::{Order, Reply};
 use crate::space::{Backing, LeafReport, PageCounts, SpaceReport};
 use crate::window::Pagemap;
-use crate::words::{Gfn, LEAF_PAGES, LeafNumber, PageSet, wide};
+use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
 
 /// Something that does not add up.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -135,14 +135,7 @@ impl Colony {
     fn check_tables(&self, seen: &[Seen]) -> Result<(), ColonyError> {
         let mut inner = self.shared.lock();
         for one in seen {
-            let owned: Vec<(LeafNumber, PageSet)> = one
-                .report
-                .leaves
-                .iter()
-                .filter(|leaf| !leaf.exclusive.is_empty())
-                .map(|leaf| (leaf.leaf, leaf.exclusive))
-                .collect();
-            inner.family.harvest(one.member.vm(), &owned)?;
+            inner.family.harvest(one.member.vm(), &one.report.owned())?;
         }
         inner.family.book_released();
         Ok(inner.family.check()?)

@@ -50,6 +50,15 @@ pub struct SpaceReport {
     pub pins: u64,
 }
 
+impl SpaceReport {
+    /// The leaves with pages of this VM's own, as the tables want them.
+    #[must_use]
+    pub fn owned(&self) -> Vec<(LeafNumber, PageSet)> {
+        let owned = |leaf: &LeafReport| (leaf.leaf, leaf.exclusive);
+        self.leaves.iter().map(owned).filter(|(_, exclusive)| !exclusive.is_empty()).collect()
+    }
+}
+
 impl<H: Host> Space<H> {
     /// Reads from the host which pages are exclusive and which are lent. Exact while the VM is
     /// stopped; each leaf is looked at once otherwise.
@@ -110,13 +119,6 @@ impl<H: Host> Space<H> {
             pinned,
             pins: pins.pins_in(leaf),
         })
-    }
-
-    /// The leaves with pages of this VM's own, as the tables want them.
-    #[must_use]
-    pub fn owned(report: &SpaceReport) -> Vec<(LeafNumber, PageSet)> {
-        let owned = |leaf: &LeafReport| (leaf.leaf, leaf.exclusive);
-        report.leaves.iter().map(owned).filter(|(_, exclusive)| !exclusive.is_empty()).collect()
     }
 
     /// The pages that a device holds, ascending.

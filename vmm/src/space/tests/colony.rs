@@ -410,7 +410,7 @@ impl Colony {
             };
             assert_eq!(one.lent, lent, "{} {}: lent pages", vm.id, one.leaf);
         }
-        self.family.harvest(vm.id, &Space::<SimHost>::owned(&report)).expect("room for tables");
+        self.family.harvest(vm.id, &report.owned()).expect("room for tables");
     }
 
     /// Lets go of all that nobody needs any more.

@@ -427,7 +427,7 @@ impl Nursery {
                 }
             }
             if self.vms.contains_key(&vm.id) {
-                self.family.harvest(vm.id, &Space::<Window>::owned(&report)).expect("room for tables");
+                self.family.harvest(vm.id, &report.owned()).expect("room for tables");
             }
         }
         for (place, frames) in &shared {
