@@ -48,6 +48,7 @@ fn obey(order: u64, operands: Arguments) -> u64 {
         order::COUNT => count(rdi, rsi, rdx),
         order::FORK => call::fork().unwrap_or(calls::FAILED),
         order::RUN_AND_WRITE => run_and_write(rdi, rsi),
+        order::RESET => call::reset(),
         order::QUIT => call::exit(rdi as u32),
         unknown => {
             print(format_args!("unknown order {unknown}"));

@@ -71,6 +71,11 @@ impl Console {
         ring(&progress.bells);
     }
 
+    /// More will come after all: the VM begins again.
+    pub fn reopen(&self) {
+        lock(&self.progress).is_closed = false;
+    }
+
     /// Writes everything from the beginning on to `out`, as it comes, until the console is closed, or
     /// the other side of `connection` hangs up.
     ///

@@ -159,6 +159,13 @@ impl Observer for Registry {
         self.tell(Happening::Ended(Some(vm)));
     }
 
+    fn restarted(&self, vm: VmId) {
+        if let Some(entry) = lock(&self.inner).entries.get_mut(&vm) {
+            entry.state = VmState::Running;
+            entry.console.reopen();
+        }
+    }
+
     fn gone(&self, vm: VmId) {
         self.end(vm, VmState::Ended { status: None, text: "its process was killed".to_owned() });
         self.tell(Happening::Ended(None));

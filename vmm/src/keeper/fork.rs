@@ -187,6 +187,8 @@ impl Shared {
     ) -> Result<Forked, ColonyError> {
         let asked_at = monotonic_ns();
         let member = self.member(source)?;
+        // Until the cut is committed: the base of the next one is the table that this one leaves.
+        let changing = member.changing();
         let members = self.take_members(count)?;
         let (cut, previous) = {
             let mut inner = self.lock();
@@ -221,6 +223,7 @@ impl Shared {
                 inner.last_cut.insert(source, cut);
             }
         }
+        drop(changing);
         let clones = self.start_clones(source, cut, &taken, members);
         self.lock().family.let_go_of_cut(cut);
         self.post(Job::Sweep);
@@ -321,8 +324,11 @@ impl Shared {
         taken: &Taken,
         member: &Arc<MemberHandle>,
     ) -> Result<Cloned, ColonyError> {
-        let result =
-            self.give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot)).and_then(|vm| {
+        let result = self
+            .give_role(member, Some(source), |family, slot| {
+                family.clone_vm(cut, slot, self.config.is_resettable)
+            })
+            .and_then(|vm| {
                 let order = Order::Become { vm, cut, snapshot: Box::new(taken.reply.snapshot.clone()) };
                 // The base of the DMA engine's backing first, as at the boot.
                 let base = self.config.backing_base.iter().map(|file| file.as_fd());

@@ -16,7 +16,7 @@ use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::ipc::{Channel, spawn};
-use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, Setup};
+use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply, Setup};
 use crate::member::{CHANNEL_NUMBER, MEMBER_ARGUMENT};
 use crate::space::PageCounts;
 
@@ -37,12 +37,26 @@ pub struct MemberState {
     pub finished_cuts: BTreeSet<CutId>,
     /// The guest's run has ended: status and text.
     pub ended: Option<(Option<u32>, String)>,
+    /// The last reset.
+    pub was_reset: Option<ResetReply>,
+    /// How many there were.
+    pub resets: u64,
     /// What has gone wrong.
     pub troubles: Vec<String>,
     /// Console output so far.
     pub console: Vec<u8>,
     /// The process is gone.
     pub is_gone: bool,
+}
+
+impl MemberState {
+    /// What the guest has told is past.
+    fn begin_again(&mut self) {
+        self.progress = Progress::default();
+        self.puppet_results.clear();
+        self.first_exit = None;
+        self.ended = None;
+    }
 }
 
 type Answer = Result<(Reply, Vec<OwnedFd>), String>;
@@ -56,6 +70,7 @@ pub struct MemberHandle {
     next_number: AtomicU64,
     waiting: Mutex<BTreeMap<u64, SyncSender<Answer>>>,
     state: Mutex<MemberState>,
+    changing: Mutex<()>,
     changed: Condvar,
     is_gone: AtomicBool,
     /// It has been told that all it shares is published.
@@ -96,6 +111,7 @@ impl MemberHandle {
             next_number: AtomicU64::new(0),
             waiting: Mutex::default(),
             state: Mutex::default(),
+            changing: Mutex::default(),
             changed: Condvar::new(),
             is_gone: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
@@ -170,6 +186,11 @@ impl MemberHandle {
 
     fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, SyncSender<Answer>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held while the VM is cut or reset, which exclude each other.
+    pub(super) fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the member has told.
@@ -283,6 +304,17 @@ impl MemberHandle {
             }
             Event::Puppet { vcpu, result } => state.puppet_results.push((vcpu, result)),
             Event::ForkAsked { vcpu } => post(Job::ForkAsked { vm: self.vm(), vcpu }),
+            Event::ResetAsked { vcpu } => post(Job::ResetAsked { vm: self.vm(), vcpu }),
+            Event::Restarting => {
+                if let Some(observer) = observer() {
+                    observer.restarted(self.vm());
+                }
+                state.begin_again();
+            }
+            Event::WasReset(reset) => {
+                state.was_reset = Some(reset);
+                state.resets += 1;
+            }
             Event::FirstExit { at } => state.first_exit = Some(at),
             Event::Reentered { cut, at, pages } => {
                 state.reentered.insert(cut, (at, pages));

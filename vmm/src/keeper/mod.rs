@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
 //! | [`fork`] | a cut and its clones |
+//! | [`reset`] | a clone's return to its cut |
 //! | [`image`] | kernels that are not the built-in one |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
@@ -21,6 +22,7 @@ pub mod fork;
 mod image;
 pub mod member_handle;
 pub mod observe;
+mod reset;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -121,6 +123,8 @@ pub struct ColonyConfig {
     pub guest: GuestKind,
     /// When lent pages are published.
     pub publication: Publication,
+    /// Whether clones keep what they began with, to return to it.
+    pub is_resettable: bool,
     /// Members kept ready.
     pub pool: usize,
     /// Members at one time.
@@ -146,6 +150,7 @@ impl ColonyConfig {
             irqchip: Irqchip::Split,
             guest: GuestKind::Kvm,
             publication: Publication { in_background: true, keep: Keep::Own },
+            is_resettable: true,
             pool: 2,
             members: 256,
             arena: ArenaChoice::Best,

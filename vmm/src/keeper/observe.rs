@@ -19,6 +19,8 @@ pub trait Observer: Send + Sync {
     fn console(&self, vm: VmId, bytes: &[u8]);
     /// A guest's run has ended, with its exit status if it gave one; the text says how.
     fn ended(&self, vm: VmId, status: Option<u32>, text: &str);
+    /// A VM has been reset and begins again.
+    fn restarted(&self, vm: VmId);
     /// A VM's process is gone.
     fn gone(&self, vm: VmId);
     /// A guest has asked for a fork, and here it is.

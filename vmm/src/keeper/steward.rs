@@ -30,6 +30,13 @@ pub(super) enum Job {
         /// Which vCPU.
         vcpu: usize,
     },
+    /// A guest asks for a reset of its VM that has been cut itself.
+    ResetAsked {
+        /// Which VM.
+        vm: VmId,
+        /// Which vCPU.
+        vcpu: usize,
+    },
     /// Say when everything before this has been done.
     Echo(Sender<()>),
     /// Go home.
@@ -49,6 +56,7 @@ pub(super) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
             }
             Job::Sweep => shared.sweep(),
             Job::ForkAsked { vm, vcpu } => shared.fork_for_guest(vm, vcpu),
+            Job::ResetAsked { vm, vcpu } => shared.reset_for_guest(vm, vcpu),
             Job::Echo(done) => {
                 let result = shared.sweep();
                 // Whoever asked may have given up.

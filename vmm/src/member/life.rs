@@ -1,14 +1,16 @@
 //! The life of a VM in its member: boot or become, cut, report, end.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use super::MemberError;
 use super::extents::ArenaExtents;
 use super::machine::{Live, MemberMachine};
-use super::messages::{Description, Event, GuestKind, Order, PuppetOrder, Reply, Setup, Snapshot};
+use super::messages::{
+    Description, Event, GuestKind, Order, PuppetOrder, Reply, ResetReply, ResetTimes, Setup, Snapshot,
+};
 use super::ram::SpaceRam;
 use super::services::Services;
 use super::shell::{MemberFiles, Shell};
@@ -49,13 +51,23 @@ pub struct Member {
     pub(super) held: Option<HeldGate>,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
+    /// What the VM began with, if it is a clone.
+    pub(super) origin: Option<Arc<Snapshot>>,
+    /// Its tables say what they did then: it has not been cut since.
+    pub(super) is_at_origin: bool,
+    /// It is stopped for a reset that is not done.
+    pub(super) prepared: Option<ResetTimes>,
+    /// The reset just done, whose end is to be reported.
+    pub(super) just_reset: Option<ResetReply>,
+    /// Pages pinned by order, a device's own not counted, as often as they are.
+    pub(super) outside_pins: u64,
 }
 
 /// What a VM has besides what its vCPUs see.
 pub(super) struct Life {
     pub(super) space: Arc<Space<Window>>,
     services: Services,
-    thread_guest: Option<ThreadGuest>,
+    pub(super) thread_guest: Option<ThreadGuest>,
     pub(super) backing: Arc<Backing>,
     pub(super) extents: Arc<ArenaExtents>,
     pub(super) has_ended: bool,
@@ -85,6 +97,11 @@ impl Member {
             life: None,
             held: None,
             just_cut: None,
+            origin: None,
+            is_at_origin: false,
+            prepared: None,
+            just_reset: None,
+            outside_pins: 0,
         }
     }
 
@@ -103,9 +120,9 @@ impl Member {
             }
             Order::ConsoleInput(input) => {
                 let live = self.machine.role().map_err(MemberError::Protocol)?;
-                Ok((Reply::Accepted(live.bus.serial.enqueue(&input)), Vec::new()))
+                Ok((Reply::Accepted(live.bus().serial.enqueue(&input)), Vec::new()))
             }
-            Order::Become { vm, cut, snapshot } => self.become_clone(vm, cut, &snapshot, descriptors),
+            Order::Become { vm, cut, snapshot } => self.become_clone(vm, cut, *snapshot, descriptors),
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
             Order::ReleaseCut { cut } => self.release_cut(cut),
             Order::Publish { keep } => {
@@ -118,6 +135,12 @@ impl Member {
             }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
+            Order::PrepareReset => self.prepare_reset().and(done()),
+            Order::Reset => self.reset(),
+            Order::RefuseReset { vcpu } => {
+                self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.refuse_reset();
+                done()
+            }
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
             Order::Describe => Ok((Reply::Describe(Box::new(self.describe()?)), Vec::new())),
             Order::Puppet { vcpu, order } => self.put_order(vcpu, order),
@@ -131,10 +154,12 @@ impl Member {
             }
             Order::Pin { first, pages } => {
                 self.life()?.space.pin(first, pages, Access::ReadWrite)?;
+                self.outside_pins += pages;
                 done()
             }
             Order::Unpin { first, pages } => {
                 self.life()?.space.unpin(first, pages)?;
+                self.outside_pins -= pages;
                 done()
             }
             Order::DeviceStore { gfn, value } => self.device_store(gfn, value),
@@ -158,6 +183,10 @@ impl Member {
                 life.services.publish(self.setup.publication.keep);
             }
         }
+        if let Some(mut reset) = self.just_reset.take() {
+            reset.times.entered = self.await_reentry();
+            self.machine.tell(Event::WasReset(reset));
+        }
         if let Some(life) = &self.life {
             life.services.reap();
         }
@@ -165,6 +194,10 @@ impl Member {
 
     pub(super) fn life(&self) -> Result<&Life, MemberError> {
         self.life.as_ref().ok_or(MemberError::Protocol("this member is no vm yet"))
+    }
+
+    pub(super) fn life_mut(&mut self) -> Result<&mut Life, MemberError> {
+        self.life.as_mut().ok_or(MemberError::Protocol("this member is no vm yet"))
     }
 
     fn window(&mut self) -> Result<Window, MemberError> {
@@ -203,7 +236,7 @@ impl Member {
         &mut self,
         vm: VmId,
         cut: CutId,
-        snapshot: &Snapshot,
+        snapshot: Snapshot,
         mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
         let window = self.window()?;
@@ -219,7 +252,7 @@ impl Member {
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
         let board = self.board.clone();
         let space = Arc::new(Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut));
-        let bus = self.bus(&space, &backing, Some(snapshot))?;
+        let bus = self.bus(&space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, space, (backing, extents), bus, true)?;
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
@@ -229,17 +262,25 @@ impl Member {
             vcpu.set(state)?;
         }
         let answer = self.go()?;
+        self.begin_as_clone(&snapshot)?;
+        self.origin = Some(Arc::new(snapshot));
+        self.is_at_origin = true;
+        Ok(answer)
+    }
+
+    /// What comes once a clone runs, or runs again.
+    pub(super) fn begin_as_clone(&self, snapshot: &Snapshot) -> Result<(), MemberError> {
         if let (GuestKind::Thread, Some(vcpu)) = (self.setup.guest, snapshot.asked_by) {
             self.machine.tell(Event::Puppet { vcpu, result: 0 });
         }
         // After the vCPUs: a registered buffer is pinned again, which waits for its pages.
-        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
+        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus().dma {
             dma.start().map_err(MemberError::Window)?;
         }
-        Ok(answer)
+        Ok(())
     }
 
-    fn bus(
+    pub(super) fn bus(
         &self,
         space: &Arc<Space<Window>>,
         backing: &Arc<Backing>,
@@ -294,7 +335,12 @@ impl Member {
         if is_clone {
             self.machine.mailboxes().iter().for_each(super::mailbox::Mailbox::inherit_work);
         }
-        let live = Live { vm, bus, space: Arc::clone(&space), is_fresh: AtomicBool::new(is_clone) };
+        let live = Live {
+            vm,
+            bus: RwLock::new(bus),
+            space: Arc::clone(&space),
+            is_fresh: AtomicBool::new(is_clone),
+        };
         self.machine.live(live).map_err(MemberError::Protocol)?;
         self.life = Some(Life {
             space,
@@ -309,7 +355,7 @@ impl Member {
     }
 
     /// Lets the guest run.
-    fn go(&mut self) -> Answer {
+    pub(super) fn go(&mut self) -> Answer {
         if self.setup.guest == GuestKind::Thread {
             let guest = ThreadGuest::start(&self.machine).map_err(MemberError::Window)?;
             if let Some(life) = &mut self.life {
@@ -337,6 +383,9 @@ impl Member {
     }
 
     fn resume(&mut self) -> Answer {
+        if self.prepared.is_some() {
+            return Err(RESET_OPEN);
+        }
         if !self.life()?.has_ended {
             resume_all(&self.vcpus)?;
         }
@@ -393,7 +442,7 @@ impl Member {
             kvm: self.vcpus.first().and_then(|vcpu| vcpu.stats().ok()).unwrap_or_default(),
             ..Description::default()
         };
-        if let Some(dma) = &live.bus.dma {
+        if let Some(dma) = &live.bus().dma {
             description.count_dma(dma.counters(), dma.in_flight());
         }
         Ok(description)
@@ -409,7 +458,7 @@ impl Member {
         life.thread_guest = None;
         let vcpus = std::mem::take(&mut self.vcpus);
         vcpus.iter().for_each(VcpuThread::request_stop);
-        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
+        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus().dma {
             dma.stop();
         }
         if let Some(vm) = self.vm.take() {
@@ -427,6 +476,8 @@ impl Member {
     }
 }
 
+pub(super) const RESET_OPEN: MemberError =
+    MemberError::Protocol("a reset of this vm is not finished: reset it again, or end it");
 const NO_VCPU: MemberError = MemberError::Protocol("there is no such vcpu");
 /// `minflt` of this process, the tenth field of its `stat` (proc(5)); its name may have spaces, so the
 /// fields are counted from the parenthesis that ends it.

@@ -4,12 +4,12 @@
 //! gives it one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use salp_protocol::{call, port};
 
-use super::mailbox::Mailbox;
+use super::mailbox::{Mailbox, ResetBell};
 use super::messages::{Event, Message, Progress};
 use super::start::{is_reset, read_port};
 use crate::devices::bus::{Bus, Claim};
@@ -26,12 +26,19 @@ use crate::words::Gpa;
 pub struct Live {
     /// Its name.
     pub vm: VmId,
-    /// Its devices.
-    pub bus: Bus,
+    /// Its devices. Replaced by a reset alone, while the vCPUs are stopped.
+    pub bus: RwLock<Bus>,
     /// Its memory.
     pub space: Arc<Space<Window>>,
     /// Whether it is a clone whose first exit has not been reported.
     pub is_fresh: AtomicBool,
+}
+
+impl Live {
+    /// The devices.
+    pub fn bus(&self) -> RwLockReadGuard<'_, Bus> {
+        self.bus.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// See the module.
@@ -41,6 +48,7 @@ pub struct MemberMachine {
     keeper: Arc<Channel>,
     /// Console output that the keeper has not got.
     line: Mutex<Vec<u8>>,
+    reset_asked: ResetBell,
 }
 
 /// A line without an end is sent on at this length.
@@ -55,7 +63,13 @@ impl MemberMachine {
     /// No descriptor could be made.
     pub fn new(vcpus: u8, keeper: Arc<Channel>) -> std::io::Result<Self> {
         let mailboxes = (0..vcpus).map(|_| Mailbox::new()).collect::<Result<_, _>>()?;
-        Ok(Self { live: OnceLock::new(), mailboxes, keeper, line: Mutex::default() })
+        Ok(Self {
+            live: OnceLock::new(),
+            mailboxes,
+            keeper,
+            line: Mutex::default(),
+            reset_asked: ResetBell::new()?,
+        })
     }
 
     /// Gives the machine its role, once.
@@ -83,6 +97,21 @@ impl MemberMachine {
     /// All mailboxes.
     pub fn mailboxes(&self) -> &[Mailbox] {
         &self.mailboxes
+    }
+
+    /// Where a guest's wish to be reset is heard.
+    pub fn reset_bell(&self) -> &ResetBell {
+        &self.reset_asked
+    }
+
+    /// The VM is what it was when it began, and will run: nothing that it did since counts.
+    pub fn begin_again(&self) {
+        self.flush_line();
+        self.mailboxes.iter().for_each(Mailbox::begin_again);
+        if let Some(live) = self.live.get() {
+            live.is_fresh.store(true, Ordering::Relaxed);
+        }
+        self.tell(Event::Restarting);
     }
 
     /// Tells the keeper something. If the keeper is gone, so is this process soon.
@@ -151,6 +180,21 @@ impl MemberMachine {
         }
     }
 
+    /// Waits for a reset, which stops this vCPU and takes its place; or for its refusal.
+    fn await_reset(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
+        let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
+        loop {
+            mailbox.hush();
+            if mailbox.take_refusal() {
+                return refuse(registers);
+            }
+            if let Woken::Stop = stop.wait(Some(std::os::fd::AsFd::as_fd(mailbox)), None) {
+                // In the clone of a cut that comes first: it is not what was to be reset.
+                return CallOutcome::InterruptedWith(call::FAILED);
+            }
+        }
+    }
+
     fn await_fork(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
         let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
         loop {
@@ -183,7 +227,7 @@ impl Machine for MemberMachine {
     fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get()
-            && live.bus.port_read(port, data) == Claim::Nobody
+            && live.bus().port_read(port, data) == Claim::Nobody
         {
             read_port(port, data);
         }
@@ -192,13 +236,13 @@ impl Machine for MemberMachine {
     fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
         self.mark_exit();
         let Some(live) = self.live.get() else { return Flow::Continue };
-        if live.bus.port_write(port, data) == Claim::Nobody && is_reset(port, data) {
+        if live.bus().port_write(port, data) == Claim::Nobody && is_reset(port, data) {
             return Flow::Reset;
         }
         if port == SERIAL_ENABLE {
             self.flush_line();
         }
-        match live.bus.exit.status() {
+        match live.bus().exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
             _ => Flow::Continue,
         }
@@ -207,14 +251,14 @@ impl Machine for MemberMachine {
     fn mmio_read(&self, _vcpu: usize, gpa: Gpa, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.mmio_read(gpa, data));
+            ignore(live.bus().mmio_read(gpa, data));
         }
     }
 
     fn mmio_write(&self, _vcpu: usize, gpa: Gpa, data: &[u8]) -> Flow {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.mmio_write(gpa, data));
+            ignore(live.bus().mmio_write(gpa, data));
         }
         Flow::Continue
     }
@@ -235,6 +279,10 @@ impl Machine for MemberMachine {
             call::PROGRESS | call::FINISHED => {
                 registers.rax = self.report(vcpu, registers, number == call::FINISHED);
                 CallOutcome::Return
+            }
+            call::RESET => {
+                self.reset_asked.ring(vcpu);
+                self.await_reset(vcpu, registers, stop)
             }
             call::NEXT => self.next_order(vcpu, registers, stop),
             call::SLEEP => {
@@ -257,12 +305,15 @@ impl Machine for MemberMachine {
     fn resume_call(
         &self,
         vcpu: usize,
-        _number: u32,
+        number: u32,
         registers: &mut CallRegisters,
         stop: &StopSignal,
     ) -> CallOutcome {
-        // FORK is the one call that stays open.
-        self.await_fork(vcpu, registers, stop)
+        // These are the two calls that stay open.
+        match number {
+            call::RESET => self.await_reset(vcpu, registers, stop),
+            _ => self.await_fork(vcpu, registers, stop),
+        }
     }
 
     fn ended(&self, vcpu: usize, end: End) {

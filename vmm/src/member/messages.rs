@@ -10,7 +10,7 @@ use crate::devices::serial::SerialState;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::{Irqchip, Times, VcpuState, VmState};
-use crate::space::{CutFigures, Keep, PageCounts, SpaceReport};
+use crate::space::{CutFigures, Keep, PageCounts, ResetFigures, SpaceReport};
 use crate::words::{Gfn, MemoryShape};
 
 /// What runs in a VM.
@@ -136,6 +136,15 @@ pub enum Order {
     Quiesce,
     /// Go on.
     Resume,
+    /// Stop the VM for a reset, if it can be reset.
+    PrepareReset,
+    /// Return to the cut that the VM is a clone of, and go on from there.
+    Reset,
+    /// The reset that a guest asked for cannot be.
+    RefuseReset {
+        /// Which vCPU asked.
+        vcpu: usize,
+    },
     /// Say what the VM's memory is.
     Harvest,
     /// Say what the VM and its process have done.
@@ -240,6 +249,34 @@ pub struct CutReply {
     pub times: CutTimes,
 }
 
+/// Moments of a reset, in nanoseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetTimes {
+    /// The member began; where the guest asked, that was just before.
+    pub begun: u64,
+    /// All vCPUs were stopped.
+    pub stopped: u64,
+    /// No transfer was under way any more.
+    pub drained: u64,
+    /// Memory was that of the cut.
+    pub restored: u64,
+    /// vCPUs and devices were those of the cut.
+    pub set: u64,
+    /// The resume was ordered.
+    pub resumed: u64,
+    /// The last vCPU entered the guest; 0 where that is not known yet.
+    pub entered: u64,
+}
+
+/// What a reset did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetReply {
+    /// To the memory.
+    pub figures: ResetFigures,
+    /// When.
+    pub times: ResetTimes,
+}
+
 /// What a member says of itself.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Description {
@@ -286,6 +323,8 @@ pub enum Reply {
     Done,
     /// A cut was taken.
     Cut(Box<CutReply>),
+    /// The VM has returned to its cut, and runs.
+    Reset(ResetReply),
     /// What the memory is.
     Harvest(Box<SpaceReport>),
     /// What has been done.
@@ -333,6 +372,15 @@ pub enum Event {
         /// By which vCPU.
         vcpu: usize,
     },
+    /// The guest wants to be reset, and that is not for its member alone to do.
+    ResetAsked {
+        /// By which vCPU.
+        vcpu: usize,
+    },
+    /// The VM is what it was when it began: whatever was told of its guest before is past.
+    Restarting,
+    /// The VM has been reset and its vCPUs are in the guest.
+    WasReset(ResetReply),
     /// The clone's first exit.
     FirstExit {
         /// In nanoseconds of `CLOCK_MONOTONIC`.

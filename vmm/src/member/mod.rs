@@ -27,7 +27,8 @@ pub mod machine;
 pub mod mailbox;
 pub mod messages;
 pub mod ram;
-pub mod services;
+mod reset;
+mod services;
 pub mod shell;
 mod start;
 pub mod thread_guest;
@@ -126,7 +127,11 @@ pub fn run() -> Result<(), MemberError> {
     // Never taken apart here: closing a KVM VM waits for whoever waits in a fault, and nobody might
     // resolve that any more. The kernel takes a process apart in the right order.
     let member = Box::leak(Box::new(Member::new(shell)));
-    while let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? {
+    loop {
+        member.serve_guest(&keeper)?;
+        let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? else {
+            return Ok(());
+        };
         if matches!(order, Order::Exit) {
             keeper.send(&Message::Answer { number, result: Ok(Reply::Done) }, &[])?;
             // Nothing of this process is needed.
@@ -140,7 +145,6 @@ pub fn run() -> Result<(), MemberError> {
         keeper.send(&Message::Answer { number, result }, &files)?;
         member.after();
     }
-    Ok(())
 }
 
 /// Ends this process when the keeper's end of the channel closes, whatever the process is at: it may be

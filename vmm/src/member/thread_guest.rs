@@ -127,6 +127,7 @@ impl Guest<'_> {
             }),
             order::COUNT => self.count(a, b, c),
             order::FORK => Ok(self.fork()),
+            order::RESET => Ok(self.reset()),
             _ => Ok(call::FAILED),
         }
     }
@@ -166,10 +167,23 @@ impl Guest<'_> {
     }
 
     fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> Done {
-        Ok(self.live.bus.dma.as_ref().map_or(call::FAILED, work))
+        Ok(self.live.bus().dma.as_ref().map_or(call::FAILED, work))
     }
 
     /// Asks for a fork and waits for its result: the clone's id. The clone's own guest is told 0.
+    /// Waits for the reset, which ends this thread, or its refusal.
+    fn reset(&self) -> u64 {
+        let Some(mailbox) = self.machine.mailbox(0) else { return call::FAILED };
+        self.machine.reset_bell().ring(0);
+        loop {
+            mailbox.hush();
+            let is_over = mailbox.take_refusal() || self.stop.load(Ordering::SeqCst);
+            if is_over || !await_letter(mailbox) {
+                return call::FAILED;
+            }
+        }
+    }
+
     fn fork(&self) -> u64 {
         let Some(mailbox) = self.machine.mailbox(0) else { return call::FAILED };
         self.machine.tell(Event::ForkAsked { vcpu: 0 });

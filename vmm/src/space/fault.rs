@@ -141,20 +141,30 @@ impl<H: Host> Space<H> {
     /// # Errors
     /// The space is being stopped, or the host refused.
     pub fn resolve_known(&self) -> Result<(), SpaceError> {
-        let area = self.board.member(self.slot);
         for leaf in self.shape.leaves().filter(|leaf| self.backing(*leaf) == Backing::Trapped) {
             if self.is_stopping() {
                 return Err(SpaceError::Stopping);
             }
-            match area.walk(|base| resolve(&self.board, Entry::decode(base), leaf)) {
-                Found::Pending(_) | Found::Lost => {}
-                Found::Zero | Found::Shared { .. } => self.resolve_leaf(leaf)?,
-            }
+            self.resolve_if_known(leaf)?;
         }
         Ok(())
     }
 
-    fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
+    /// Maps a trapped leaf if what it holds can be found out without asking anybody.
+    pub(super) fn resolve_if_known(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        match self.look_up(leaf) {
+            Found::Pending(_) | Found::Lost => Ok(()),
+            Found::Zero | Found::Shared { .. } => self.resolve_leaf(leaf),
+        }
+    }
+
+    /// What the tables say of a leaf.
+    pub(super) fn look_up(&self, leaf: LeafNumber) -> Found {
+        let area = self.board.member(self.slot);
+        area.walk(|base| resolve(&self.board, Entry::decode(base), leaf))
+    }
+
+    pub(super) fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
         let patches = self.board.cut(cut).patches(leaf);
         (patches.first_frame..)
             .zip(patches.pages.iter())
@@ -164,14 +174,13 @@ impl<H: Host> Space<H> {
 
     /// What the leaf holds, once that is known.
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
-        let area = self.board.member(self.slot);
         let mut patience = Some(Instant::now() + SOURCE_PATIENCE);
         loop {
             // First: the tables of a VM that has ended are no longer kept.
             if self.is_stopping() {
                 return Err(SpaceError::Stopping);
             }
-            let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
+            let found = self.look_up(leaf);
             let Found::Pending(cut) = found else {
                 return Ok(found);
             };

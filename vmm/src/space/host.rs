@@ -145,6 +145,26 @@ pub trait Host: Send + Sync {
     /// The host refused.
     fn zero(&self, first: Gfn, pages: u64, backing_is_block: bool) -> Result<(), HostError>;
 
+    /// Makes every access to the leaf trap, over the file of `cut`: whatever was there is gone. Nobody
+    /// accesses the leaf meanwhile.
+    ///
+    /// # Errors
+    /// The host refused; the leaf is as before, or must be trapped again before it is accessed.
+    fn trap(&self, leaf: LeafNumber, cut: CutId) -> Result<(), HostError>;
+
+    /// Gives anonymous pages of the leaf the bytes that `block` (zeros where none) and `patches` have
+    /// there, in place. The leaf is neither trapped nor protected.
+    ///
+    /// # Errors
+    /// The host refused; some pages may have been given theirs.
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError>;
+
     /// Copies an anonymous page of the window.
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]);
 

@@ -28,6 +28,7 @@ mod force;
 mod host;
 mod pin;
 mod report;
+mod reset;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +45,7 @@ pub use self::force::Keep;
 pub use self::host::{Host, HostError, PageSource, PageStates, Patch, Traps};
 pub use self::pin::{Access, PinTable};
 pub use self::report::{LeafReport, PageCounts, SpaceReport};
+pub use self::reset::ResetFigures;
 
 use crate::board::{Board, LeafMap};
 use crate::frames::CutId;
@@ -76,6 +78,9 @@ pub enum SpaceError {
         /// The page.
         gfn: Gfn,
     },
+    /// The VM is not a clone.
+    #[error("the vm is no clone: there is no cut that it could return to")]
+    NoOrigin,
     /// The space is being torn down.
     #[error("the vm is being stopped")]
     Stopping,
@@ -127,6 +132,8 @@ struct Leaf {
     registered: AtomicU32,
     /// [`OPEN`], [`PROTECTED`] or [`PARTLY_PROTECTED`].
     protected: AtomicU32,
+    /// 1 = it maps something else than what the VM shared there when it began.
+    departed: AtomicU32,
 }
 
 /// No protection lies over the leaf.
@@ -244,6 +251,14 @@ impl<H: Host> Space<H> {
 
     fn set_protected(&self, leaf: LeafNumber, protected: u32) {
         self.leaves[leaf.index()].protected.store(protected, Ordering::Release);
+    }
+
+    fn has_departed(&self, leaf: LeafNumber) -> bool {
+        self.leaves[leaf.index()].departed.load(Ordering::Acquire) != 0
+    }
+
+    fn set_departed(&self, leaf: LeafNumber, has_departed: bool) {
+        self.leaves[leaf.index()].departed.store(u32::from(has_departed), Ordering::Release);
     }
 
     fn is_registered(&self, leaf: LeafNumber) -> bool {

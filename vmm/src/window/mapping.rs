@@ -179,6 +179,14 @@ impl Reservation {
         unsafe { std::ptr::copy(from.as_ptr(), self.address(offset).as_ptr(), from.len()) }
     }
 
+    /// Copies from another range what it has at the same offset.
+    pub(super) fn copy_from(&self, other: &Self, offset: usize, len_bytes: usize) {
+        let end = offset + len_bytes;
+        assert!(end <= self.len_bytes && end <= other.len_bytes, "a copy beyond a window");
+        // SAFETY: as for `read`; two reservations never overlap.
+        unsafe { std::ptr::copy(other.address(offset).as_ptr(), self.address(offset).as_ptr(), len_bytes) }
+    }
+
     /// An aligned word, for atomic access. None if it is not aligned or not inside.
     pub(super) fn word(&self, offset: usize) -> Option<&AtomicU32> {
         (offset.is_multiple_of(4) && offset + 4 <= self.len_bytes).then(|| {

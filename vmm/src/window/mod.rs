@@ -23,6 +23,7 @@ mod mapping;
 mod pagemap;
 mod publish;
 mod resolvers;
+mod restore;
 mod userfault;
 
 use std::collections::BTreeMap;
@@ -41,7 +42,9 @@ use crate::arena_files::{ArenaDir, ArenaReader};
 use crate::frames::CutId;
 use crate::ipc::futex;
 use crate::space::{Host, HostError, PageSource, PageStates, Patch, SpaceError, Traps};
-use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, index, wide};
+use crate::words::{
+    Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, PageSet, index, wide,
+};
 
 /// Where files of the arena are found.
 pub trait FrameFiles: Send + Sync {
@@ -82,6 +85,8 @@ pub struct Window {
     pagemap: Pagemap,
     files: Arc<dyn FrameFiles>,
     cuts: Mutex<BTreeMap<CutId, Arc<CutFiles>>>,
+    /// Block files mapped beside the window, to restore pages from.
+    images: Mutex<BTreeMap<CutId, Arc<Reservation>>>,
 }
 
 impl Window {
@@ -99,6 +104,7 @@ impl Window {
             pagemap: Pagemap::open_own()?,
             files,
             cuts: Mutex::new(BTreeMap::new()),
+            images: Mutex::new(BTreeMap::new()),
         };
         for (first, count) in shape.regions() {
             window.memory.map_anonymous(window.span(first, count), is_huge)?;
@@ -282,6 +288,20 @@ impl Host for Window {
             return Ok(());
         }
         self.memory.discard(range).map_err(failed("discarding", first.leaf()))
+    }
+
+    fn trap(&self, leaf: LeafNumber, cut: CutId) -> Result<(), HostError> {
+        self.trap_leaf(leaf, cut).map_err(failed("trapping", leaf))
+    }
+
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError> {
+        self.restore_pages(leaf, pages, block, patches).map_err(failed("restoring pages", leaf))
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]) {

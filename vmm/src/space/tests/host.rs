@@ -415,6 +415,42 @@ impl Host for SimHost {
         Ok(())
     }
 
+    fn trap(&self, leaf: LeafNumber, cut: CutId) -> Result<(), HostError> {
+        self.try_call(Call::MapBlock, "mapping a cut's file", leaf)?;
+        self.replace(leaf, Mapping::File(cut));
+        self.try_call(Call::Register, "registering", leaf)?;
+        self.with_leaf(leaf, |state| state.traps_touches = true);
+        Ok(())
+    }
+
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError> {
+        self.try_call(Call::Restore, "restoring pages", leaf)?;
+        if self.world.plant == Plant::ResetForgets {
+            return Ok(());
+        }
+        for position in pages.iter() {
+            let patch = patches.iter().find(|patch| patch.position == position);
+            let value = match (patch, block) {
+                (Some(patch), _) => self.world.patch(patch.cut, patch.frame),
+                (None, Some(cut)) => self.world.block(cut, leaf)[position],
+                (None, None) => 0,
+            };
+            self.with_leaf(leaf, |state| {
+                assert!(!state.traps_touches, "{leaf}: restored and trapped");
+                let page = &mut state.pages[position];
+                assert!(page.own.is_some() && !page.mark, "{leaf}: restored and not exclusive");
+                (page.own, page.is_swapped) = (Some(value), false);
+            });
+        }
+        Ok(())
+    }
+
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]) {
         let value = self.with_leaf(gfn.leaf(), |state| state.pages[gfn.in_leaf()].own);
         let value = value.unwrap_or_else(|| panic!("{gfn} is copied and not exclusive"));

@@ -291,7 +291,7 @@ impl Nursery {
     /// One more clone of a cut.
     pub(super) fn clone_of(&mut self, cut: CutId) -> Arc<Vm> {
         let slot = self.take_slot();
-        let id = self.family.clone_vm(cut, slot).expect("the cut is there");
+        let id = self.family.clone_vm(cut, slot, false).expect("the cut is there");
         let window = self.window();
         window.become_clone(cut).expect("a clone's window");
         let space = Space::new_clone(window, self.board.clone(), slot, self.shape, cut);
