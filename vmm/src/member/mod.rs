@@ -28,7 +28,7 @@ pub mod mailbox;
 pub mod messages;
 pub mod ram;
 mod reset;
-mod services;
+pub mod services;
 pub mod shell;
 mod start;
 pub mod thread_guest;
