@@ -119,7 +119,11 @@ fn a_reset_of_a_vm_that_was_forked(test: &str, guest: GuestKind) {
                 row.publish(child);
             }
             row.store(child, OTHER);
-            if round < 2 { reset(world, child) } else { reset_by_guest(world, child) }
+            if round < 2 {
+                reset(world, child)
+            } else {
+                reset_by_guest(world, child)
+            }
             row.expect(child, old);
             row.expect(grandchild, NEW + round);
             // What it is a source of then is its cut's content.

@@ -239,12 +239,11 @@ impl Family {
     /// # Errors
     /// The cut has been declared unneeded, or does not exist.
     pub fn clone_vm(&mut self, cut: CutId, slot: u32, is_resettable: bool) -> Result<VmId, FamilyError> {
-        match self.cuts.get(&cut) {
-            Some(known) if known.committed && !known.unneeded => {}
-            _ => return Err(FamilyError::NoCut(cut)),
-        }
-        let root = self.share(Entry::Thunk(cut));
-        let origin = is_resettable.then(|| self.share(Entry::Thunk(cut)));
+        let known = self.cuts.get(&cut).filter(|known| known.committed && !known.unneeded);
+        let known = known.ok_or(FamilyError::NoCut(cut))?;
+        let shared = known.table.unwrap_or(Entry::Thunk(cut));
+        let root = self.share(shared);
+        let origin = is_resettable.then(|| self.share(shared));
         Ok(self.add_vm(slot, root, origin))
     }
 

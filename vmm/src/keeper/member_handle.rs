@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::pause::Still;
 use super::steward::Job;
 use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::family::VmId;
@@ -70,7 +71,10 @@ pub struct MemberHandle {
     next_number: AtomicU64,
     waiting: Mutex<BTreeMap<u64, SyncSender<Answer>>>,
     state: Mutex<MemberState>,
-    changing: Mutex<()>,
+    changing: Mutex<Option<Still>>,
+    /// How many orders there were that may have changed the VM.
+    changes: AtomicU64,
+    pub(super) is_paused: AtomicBool,
     changed: Condvar,
     is_gone: AtomicBool,
     /// It has been told that all it shares is published.
@@ -112,6 +116,8 @@ impl MemberHandle {
             waiting: Mutex::default(),
             state: Mutex::default(),
             changing: Mutex::default(),
+            changes: AtomicU64::new(0),
+            is_paused: AtomicBool::new(false),
             changed: Condvar::new(),
             is_gone: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
@@ -156,6 +162,11 @@ impl MemberHandle {
         !self.is_gone.load(Ordering::SeqCst)
     }
 
+    /// Whether it has been asked nothing yet.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.next_number.load(Ordering::Relaxed) == 0
+    }
+
     /// Asks, and waits for the answer.
     ///
     /// # Errors
@@ -169,6 +180,9 @@ impl MemberHandle {
     /// # Errors
     /// The member has ended.
     pub fn begin(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Asked<'_>, ColonyError> {
+        if order.may_change_vm() {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+        }
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = sync_channel(1);
         self.waiting().insert(number, sender);
@@ -188,8 +202,14 @@ impl MemberHandle {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Held while the VM is cut or reset, which exclude each other.
-    pub(super) fn changing(&self) -> MutexGuard<'_, ()> {
+    /// Counts the orders that may have changed the VM.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
+    }
+
+    /// Held while the VM is cut or reset, which exclude each other. What it guards: the cut that can be
+    /// used again.
+    pub(super) fn changing(&self) -> MutexGuard<'_, Option<Still>> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -267,6 +287,10 @@ impl MemberHandle {
         self.waiting().clear();
         self.state().is_gone = true;
         self.changed.notify_all();
+        // After those who hold the lock have been told.
+        if let Some(keeper) = keeper.upgrade() {
+            keeper.forget_still(self);
+        }
         if let (Some(observer), Some(vm)) =
             (keeper.upgrade().and_then(|keeper| keeper.observer()), self.named())
         {

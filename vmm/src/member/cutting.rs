@@ -9,7 +9,7 @@ use salp_protocol::call;
 
 use super::MemberError;
 use super::life::{Answer, Member, RESET_OPEN, STOP_LIMIT};
-use super::messages::{CutReply, CutTimes, Event, Reply, Snapshot};
+use super::messages::{CutReply, CutTimes, EncodedSnapshot, Event, Reply, Snapshot};
 use crate::devices::backing::{Backing, BackingState};
 use crate::devices::gate::HeldGate;
 use crate::frames::CutId;
@@ -85,7 +85,9 @@ impl Member {
         let (mut snapshot, figures) = result?;
         resumed?;
         let extents = self.extents_of(&mut snapshot)?;
-        Ok((CutReply { snapshot, figures, times }, extents))
+        let is_still = self.held.is_some() && self.vm.is_some() && snapshot.dma.requests.is_empty();
+        let snapshot = EncodedSnapshot::of(&snapshot)?;
+        Ok((CutReply { snapshot, is_still, figures, times }, extents))
     }
 
     /// Names the extent files that a snapshot needs, and returns them in that order.

@@ -46,6 +46,8 @@ pub struct Member {
     pub(super) vm: Option<Arc<Vm>>,
     pub(super) vcpus: Vec<VcpuThread>,
     window: Option<Window>,
+    /// What was prepared for a clone of that cut.
+    ready: Option<(CutId, Served)>,
     life: Option<Life>,
     /// While quiesced.
     pub(super) held: Option<HeldGate>,
@@ -75,6 +77,13 @@ pub(super) struct Life {
     _resolvers: Resolvers,
 }
 
+/// A space, and the threads that serve it.
+struct Served {
+    space: Arc<Space<Window>>,
+    services: Services,
+    resolvers: Resolvers,
+}
+
 pub(super) type Answer = Result<(Reply, Vec<OwnedFd>), MemberError>;
 
 fn done() -> Answer {
@@ -94,6 +103,7 @@ impl Member {
             vm: shell.vm,
             vcpus: shell.vcpus,
             window: Some(shell.window),
+            ready: None,
             life: None,
             held: None,
             just_cut: None,
@@ -122,7 +132,10 @@ impl Member {
                 let live = self.machine.role().map_err(MemberError::Protocol)?;
                 Ok((Reply::Accepted(live.bus().serial.enqueue(&input)), Vec::new()))
             }
-            Order::Become { vm, cut, snapshot } => self.become_clone(vm, cut, *snapshot, descriptors),
+            Order::PrepareClone { cut } => self.prepare_clone(cut).and(done()),
+            Order::Become { vm, cut, snapshot } => {
+                self.become_clone(vm, cut, snapshot.decode()?, descriptors)
+            }
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
             Order::ReleaseCut { cut } => self.release_cut(cut),
             Order::Publish { keep } => {
@@ -218,7 +231,8 @@ impl Member {
         let board = self.board.clone();
         let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
-        self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
+        let served = self.serve(Arc::clone(&space))?;
+        self.begin(vm, served, (backing, extents), bus, false)?;
         match files {
             Some(files) => {
                 start::enter_image(&self.vcpus, &files.load(&space, self.setup.vcpus, command_line)?)?
@@ -239,8 +253,7 @@ impl Member {
         snapshot: Snapshot,
         mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
-        let window = self.window()?;
-        window.become_clone(cut).map_err(MemberError::Window)?;
+        let clone = self.take_prepared(cut)?;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -250,11 +263,9 @@ impl Member {
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
-        let board = self.board.clone();
-        let space = Arc::new(Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut));
-        let bus = self.bus(&space, &backing, Some(&snapshot))?;
+        let bus = self.bus(&clone.space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
-        self.begin(vm, space, (backing, extents), bus, true)?;
+        self.begin(vm, clone, (backing, extents), bus, true)?;
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
         }
@@ -305,15 +316,28 @@ impl Member {
         Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma) })
     }
 
-    /// Gives the machine its role, and starts the threads that serve its memory.
-    fn begin(
-        &mut self,
-        vm: VmId,
-        space: Arc<Space<Window>>,
-        (backing, extents): (Arc<Backing>, Arc<ArenaExtents>),
-        bus: Bus,
-        is_clone: bool,
-    ) -> Result<(), MemberError> {
+    /// Makes the window that of a clone of `cut`, and starts what serves it.
+    fn prepare_clone(&mut self, cut: CutId) -> Result<(), MemberError> {
+        let window = self.window()?;
+        window.become_clone(cut).map_err(MemberError::Window)?;
+        let board = self.board.clone();
+        let space = Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut);
+        self.ready = Some((cut, self.serve(Arc::new(space))?));
+        Ok(())
+    }
+
+    fn take_prepared(&mut self, cut: CutId) -> Result<Served, MemberError> {
+        if self.ready.is_none() {
+            self.prepare_clone(cut)?;
+        }
+        match self.ready.take() {
+            Some((of, served)) if of == cut => Ok(served),
+            _ => Err(MemberError::Protocol("this member is ready for another cut")),
+        }
+    }
+
+    /// Starts the threads that serve a space.
+    fn serve(&self, space: Arc<Space<Window>>) -> Result<Served, MemberError> {
         let machine = Arc::clone(&self.machine);
         let on_failure: OnFailure = Arc::new(move |error: SpaceError| {
             // After the end of a VM its faults stay open, and concern nobody.
@@ -332,6 +356,18 @@ impl Member {
             self.setup.publication.keep,
         )
         .map_err(MemberError::Window)?;
+        Ok(Served { space, services, resolvers })
+    }
+
+    /// Gives the machine its role.
+    fn begin(
+        &mut self,
+        vm: VmId,
+        Served { space, services, resolvers }: Served,
+        (backing, extents): (Arc<Backing>, Arc<ArenaExtents>),
+        bus: Bus,
+        is_clone: bool,
+    ) -> Result<(), MemberError> {
         if is_clone {
             self.machine.mailboxes().iter().for_each(super::mailbox::Mailbox::inherit_work);
         }

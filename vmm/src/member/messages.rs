@@ -76,6 +76,28 @@ pub struct Snapshot {
     pub asked_by: Option<usize>,
 }
 
+/// A [`Snapshot`] on its way: the keeper has no need to look into it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EncodedSnapshot(#[serde(with = "serde_bytes")] Vec<u8>);
+
+impl EncodedSnapshot {
+    /// Encodes a snapshot.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn of(snapshot: &Snapshot) -> Result<Self, postcard::Error> {
+        postcard::to_stdvec(snapshot).map(Self)
+    }
+
+    /// Decodes it.
+    ///
+    /// # Errors
+    /// It is not one.
+    pub fn decode(&self) -> Result<Snapshot, postcard::Error> {
+        postcard::from_bytes(&self.0)
+    }
+}
+
 /// A request to a member. Answered by [`Reply`] or an error text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
@@ -102,6 +124,11 @@ pub enum Order {
     },
     /// Input for the serial port. The answer is [`Reply::Accepted`].
     ConsoleInput(Vec<u8>),
+    /// Get ready to become a clone of a cut that is being taken: what can be done without its state.
+    PrepareClone {
+        /// The cut.
+        cut: CutId,
+    },
     /// Become a clone and run.
     Become {
         /// Its name.
@@ -109,7 +136,7 @@ pub enum Order {
         /// The cut.
         cut: CutId,
         /// The state at the cut.
-        snapshot: Box<Snapshot>,
+        snapshot: EncodedSnapshot,
     },
     /// Take a cut. Comes with the cut's block file and patch file.
     Cut {
@@ -204,6 +231,23 @@ pub enum Order {
     Exit,
 }
 
+impl Order {
+    /// Whether the VM may not be what it was after this.
+    #[must_use]
+    pub const fn may_change_vm(&self) -> bool {
+        !matches!(
+            self,
+            Self::Cut { .. }
+                | Self::ReleaseCut { .. }
+                | Self::Publish { .. }
+                | Self::ResolveKnown
+                | Self::Quiesce
+                | Self::Harvest
+                | Self::Describe
+        )
+    }
+}
+
 /// One order of the puppet case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PuppetOrder {
@@ -242,7 +286,9 @@ pub struct CutTimes {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CutReply {
     /// For the clones.
-    pub snapshot: Snapshot,
+    pub snapshot: EncodedSnapshot,
+    /// Nothing of the VM can change before it is resumed: it was quiesced, with no transfer under way.
+    pub is_still: bool,
     /// What was done in the pause.
     pub figures: CutFigures,
     /// When.

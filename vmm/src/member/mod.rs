@@ -98,6 +98,9 @@ pub enum MemberError {
     /// The serial port.
     #[error("{0}")]
     Serial(#[from] crate::devices::serial::SerialStateError),
+    /// A snapshot could not be coded.
+    #[error("a snapshot cannot be coded: {0}")]
+    Snapshot(#[from] postcard::Error),
     /// The keeper asked for something that makes no sense now.
     #[error("{0}")]
     Protocol(&'static str),
