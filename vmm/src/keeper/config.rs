@@ -69,11 +69,6 @@ pub(super) fn arena_budget_bytes(config: &ColonyConfig) -> u64 {
     (available / 10 * 7).max(config.memory.ram_bytes()).max(64 << 20)
 }
 
-/// While a cut is taken its source keeps one processor busy.
-pub(super) fn spare_processors() -> usize {
-    std::thread::available_parallelism().map_or(0, |count| count.get() - 1)
-}
-
 /// `MemAvailable` of the host.
 #[must_use]
 pub fn available_memory_bytes() -> Option<u64> {

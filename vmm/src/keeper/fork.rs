@@ -194,14 +194,10 @@ impl Shared {
         let known = self.still_cut(&member, &mut still);
         let taken = match known {
             Some(known) => known.again(monotonic_ns()),
-            None => match self.take_new_cut(&member, asked_by, &members) {
+            None => match self.take_new_cut(&member, asked_by) {
                 Ok(taken) => taken,
                 Err(error) => {
-                    // Those that are ready for a cut that there is not go.
-                    let (fresh, ready): (Vec<_>, Vec<_>) =
-                        members.into_iter().partition(|member| member.is_fresh());
-                    fresh.into_iter().for_each(|member| self.give_back(member));
-                    ready.iter().for_each(|member| member.kill());
+                    members.into_iter().for_each(|member| self.give_back(member));
                     return Err(error);
                 }
             },
@@ -231,20 +227,15 @@ impl Shared {
         })
     }
 
-    /// Takes a cut, which is held then. Its first clones get ready meanwhile.
-    fn take_new_cut(
-        &self,
-        member: &MemberHandle,
-        asked_by: Option<usize>,
-        clones: &[Arc<MemberHandle>],
-    ) -> Result<Taken, ColonyError> {
+    /// Takes a cut, which is held then.
+    fn take_new_cut(&self, member: &MemberHandle, asked_by: Option<usize>) -> Result<Taken, ColonyError> {
         let source = member.vm();
         let (cut, previous) = {
             let mut inner = self.lock();
             let cut = inner.family.reserve_cut(source)?;
             (cut, inner.last_cut.get(&source).copied())
         };
-        let taken = match self.take_cut(member, (cut, previous), asked_by, clones) {
+        let taken = match self.take_cut(member, cut, previous, asked_by) {
             Ok(taken) => taken,
             Err(error) => {
                 // The files, if any, go with the next sweep.
@@ -283,20 +274,14 @@ impl Shared {
     fn take_cut(
         &self,
         member: &MemberHandle,
-        (cut, previous): (CutId, Option<CutId>),
+        cut: CutId,
+        previous: Option<CutId>,
         asked_by: Option<usize>,
-        clones: &[Arc<MemberHandle>],
     ) -> Result<Taken, ColonyError> {
         let files = self.make_cut_files(cut)?;
         let reserved_at = monotonic_ns();
         let order = Order::Cut { cut, previous, asked_by };
-        let asked = member.begin(order, &borrow(&files));
-        // As many as there are processors that the source leaves idle.
-        for clone in clones.iter().take(self.spare_processors) {
-            // The answer is that to the order to become a clone.
-            drop(clone.begin(Order::PrepareClone { cut }, &[]));
-        }
-        let answer = asked.and_then(Asked::wait_with_descriptors);
+        let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
         self.lock().files.insert(cut, files);
         match answer {
             Ok((Reply::Cut(reply), extents)) => Ok(Taken {

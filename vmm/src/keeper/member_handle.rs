@@ -162,11 +162,6 @@ impl MemberHandle {
         !self.is_gone.load(Ordering::SeqCst)
     }
 
-    /// Whether it has been asked nothing yet.
-    pub(super) fn is_fresh(&self) -> bool {
-        self.next_number.load(Ordering::Relaxed) == 0
-    }
-
     /// Asks, and waits for the answer.
     ///
     /// # Errors

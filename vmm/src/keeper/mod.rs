@@ -41,7 +41,7 @@ use thiserror::Error;
 
 pub use self::config::{ColonyConfig, available_memory_bytes};
 
-use self::config::{arena_budget_bytes, spare_processors};
+use self::config::arena_budget_bytes;
 use self::member_handle::MemberHandle;
 use self::steward::Job;
 use crate::arena_files::{ArenaDir, ArenaError};
@@ -138,8 +138,6 @@ pub(crate) struct Shared {
     changed: Condvar,
     jobs: Mutex<Sender<Job>>,
     is_closing: AtomicBool,
-    /// Processors that a source with its vCPUs leaves idle.
-    spare_processors: usize,
     observer: OnceLock<Weak<dyn observe::Observer>>,
 }
 
@@ -193,7 +191,6 @@ impl Colony {
             changed: Condvar::new(),
             jobs: Mutex::new(jobs),
             is_closing: AtomicBool::new(false),
-            spare_processors: spare_processors(),
             observer: OnceLock::new(),
         });
         let for_steward = Arc::clone(&shared);

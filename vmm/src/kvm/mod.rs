@@ -40,5 +40,5 @@ pub use host::{HostDescription, HostKind, Kvm};
 pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
 pub use run::Exits;
 pub use state::VcpuState;
-pub use vcpu::{Times, VcpuThread, resume_all, stop_all};
+pub use vcpu::{Times, VcpuThread, resume_all, rouse_all, stop_all};
 pub use vm::{Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState, VouchedAddress};

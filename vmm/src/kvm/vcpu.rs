@@ -9,6 +9,10 @@
 //! While it is parked any thread may save and set the state: the slot's lock is the right to touch
 //! the vCPU. To stop a VM, request all, then wait for all ([`stop_all`]).
 //!
+//! A thread that sleeps needs tens of microseconds to come back. [`rouse`] has a parked one wait
+//! awake, for a moment, because it is to be resumed at once; who waits for one to stop looks for a
+//! moment before he sleeps, too. Both only where there are more processors than vCPUs.
+//!
 //! | phase | vCPU is with | left by |
 //! |---|---|---|
 //! | parked | the slot | `resume`, unless the guest's run has ended; or the handle's drop |
@@ -23,12 +27,13 @@
 //! notices the kick only when that page is resolved.
 //!
 //! [`resume`]: VcpuThread::resume
+//! [`rouse`]: rouse_all
 //! [`request_stop`]: VcpuThread::request_stop
 //! [`wait_stopped`]: VcpuThread::wait_stopped
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -110,10 +115,22 @@ impl TimeStamps {
     }
 }
 
+/// How long somebody who expects a change at once looks for it awake.
+const AWAKE_LIMIT: Duration = Duration::from_micros(500);
+
+/// Whether somebody may look awake for `vcpus` others that work.
+fn has_spare_processor(vcpus: usize) -> bool {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    let count = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    *PROCESSORS.get_or_init(count) > vcpus
+}
+
 /// What the thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Stop,
+    /// Stay parked, but awake.
+    Rouse,
     Run,
     Quit,
 }
@@ -136,12 +153,21 @@ struct Slot {
     ended: bool,
 }
 
+impl Slot {
+    /// Whether a parked vCPU stays so, and its state may be touched.
+    const fn is_stopped(&self) -> bool {
+        matches!(self.order, Order::Stop | Order::Rouse) || self.ended
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     index: usize,
     slot: Mutex<Slot>,
     /// Order or phase has changed.
     changed: Condvar,
+    /// Counts those changes, for those who look awake.
+    changes: AtomicU32,
     stop: StopSignal,
     times: TimeStamps,
     exits: ExitCounters,
@@ -153,21 +179,48 @@ impl Shared {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Tells of a change of order or phase.
+    fn tell(&self) {
+        // Release: pairs with `look`; what matters is under the lock.
+        self.changes.fetch_add(1, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Looks, awake, until something has changed since `seen`, or the time is over.
+    fn look(&self, seen: u32, limit: Duration) {
+        let begun = Instant::now();
+        while self.changes.load(Ordering::Acquire) == seen && begun.elapsed() < limit {
+            std::hint::spin_loop();
+        }
+    }
+
     /// Parks the vCPU until it is to run; `None` when the thread is to end.
     fn park(&self, running: Box<Running>, ended: bool) -> Option<Box<Running>> {
         let mut slot = self.lock();
         slot.ended |= ended;
         slot.phase = Phase::Parked(running);
         TimeStamps::stamp(&self.times.stopped);
-        self.changed.notify_all();
-        let mut slot = self
-            .changed
-            .wait_while(slot, |slot| match slot.order {
-                Order::Stop => true,
-                Order::Run => slot.ended,
-                Order::Quit => false,
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+        self.tell();
+        let mut slot = loop {
+            slot = self
+                .changed
+                .wait_while(slot, |slot| match slot.order {
+                    Order::Stop => true,
+                    Order::Run => slot.ended,
+                    Order::Rouse | Order::Quit => false,
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            if slot.order != Order::Rouse {
+                break slot;
+            }
+            let seen = self.changes.load(Ordering::Acquire);
+            drop(slot);
+            self.look(seen, AWAKE_LIMIT);
+            slot = self.lock();
+            if slot.order == Order::Rouse {
+                slot.order = Order::Stop;
+            }
+        };
         if slot.order == Order::Quit {
             return None;
         }
@@ -185,7 +238,7 @@ impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         // The vCPU is closed here, outside the lock.
         let phase = std::mem::replace(&mut self.0.lock().phase, Phase::Gone);
-        self.0.changed.notify_all();
+        self.0.tell();
         drop(phase);
     }
 }
@@ -226,6 +279,7 @@ impl VcpuThread {
             // As if the thread were on its way to be parked: whoever waits for that, waits.
             slot: Mutex::new(Slot { order: Order::Stop, phase: Phase::Running(0), ended: false }),
             changed: Condvar::new(),
+            changes: AtomicU32::new(0),
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
             exits: ExitCounters::default(),
@@ -246,7 +300,7 @@ impl VcpuThread {
         let gone = Err(KvmError::Gone { vcpu: index });
         prepared.recv().unwrap_or(gone)?;
         let this = Self { shared, immediate_exit, thread: Some(thread) };
-        this.wait_parked(None)?;
+        this.wait_parked(None, false)?;
         Ok(this)
     }
 
@@ -276,7 +330,7 @@ impl VcpuThread {
             Phase::Parked(_) => times.stopped.store(times.read().requested_ns, Ordering::Relaxed),
             Phase::Gone => {}
         }
-        self.shared.changed.notify_all();
+        self.shared.tell();
     }
 
     /// Waits until the vCPU is stopped, because it was asked to or because its run has ended.
@@ -284,16 +338,16 @@ impl VcpuThread {
     /// # Errors
     /// It did not stop in time, or its thread is gone.
     pub fn wait_stopped(&self, timeout: Duration) -> Result<(), KvmError> {
-        self.wait_parked(Some(timeout))
+        self.wait_parked(Some(timeout), false)
     }
 
-    fn wait_parked(&self, timeout: Option<Duration>) -> Result<(), KvmError> {
+    fn wait_parked(&self, timeout: Option<Duration>, mut may_look: bool) -> Result<(), KvmError> {
         let vcpu = self.index();
         let start = Instant::now();
         let mut slot = self.shared.lock();
         loop {
             match slot.phase {
-                Phase::Parked(_) if slot.order == Order::Stop || slot.ended => return Ok(()),
+                Phase::Parked(_) if slot.is_stopped() => return Ok(()),
                 Phase::Gone => return Err(KvmError::Gone { vcpu }),
                 Phase::Parked(_) | Phase::Running(_) => {}
             }
@@ -301,6 +355,13 @@ impl VcpuThread {
             if left.is_zero() {
                 let waited_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
                 return Err(KvmError::StopTimeout { vcpu, waited_ms });
+            }
+            if std::mem::take(&mut may_look) {
+                let seen = self.shared.changes.load(Ordering::Acquire);
+                drop(slot);
+                self.shared.look(seen, left.min(AWAKE_LIMIT));
+                slot = self.shared.lock();
+                continue;
             }
             let waited = self.shared.changed.wait_timeout(slot, left);
             slot = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -320,8 +381,17 @@ impl VcpuThread {
             times.first_exit.store(0, Ordering::Relaxed);
             TimeStamps::stamp(&times.resumed);
         })?;
-        self.shared.changed.notify_all();
+        self.shared.tell();
         Ok(())
+    }
+
+    /// Has a stopped vCPU's thread wait awake for a moment.
+    fn rouse(&self) {
+        let mut slot = self.shared.lock();
+        if slot.order == Order::Stop && matches!(slot.phase, Phase::Parked(_)) && !slot.ended {
+            slot.order = Order::Rouse;
+            self.shared.tell();
+        }
     }
 
     /// Runs `work` on the slot of a stopped vCPU.
@@ -330,7 +400,7 @@ impl VcpuThread {
         let mut slot = self.shared.lock();
         match slot.phase {
             Phase::Gone => Err(KvmError::Gone { vcpu }),
-            Phase::Parked(_) if slot.order == Order::Stop || slot.ended => Ok(work(&mut slot)),
+            Phase::Parked(_) if slot.is_stopped() => Ok(work(&mut slot)),
             Phase::Parked(_) | Phase::Running(_) => Err(KvmError::NotStopped { vcpu }),
         }
     }
@@ -370,7 +440,9 @@ impl VcpuThread {
             running.forget_exit();
             slot.ended = false;
             // An ended vCPU may still have the order to run; it waits for a new one.
-            slot.order = Order::Stop;
+            if slot.order == Order::Run {
+                slot.order = Order::Stop;
+            }
             Ok(())
         })?
     }
@@ -447,9 +519,18 @@ pub fn stop_all(vcpus: &[VcpuThread], timeout: Duration) -> Result<(), KvmError>
     }
     let start = Instant::now();
     for vcpu in vcpus {
-        vcpu.wait_stopped(timeout.saturating_sub(start.elapsed()))?;
+        let left = timeout.saturating_sub(start.elapsed());
+        vcpu.wait_parked(Some(left), has_spare_processor(vcpus.len()))?;
     }
     Ok(())
+}
+
+/// The stopped vCPUs of a VM are about to be resumed: they wait for it awake, for a moment, where there
+/// are processors for it.
+pub fn rouse_all(vcpus: &[VcpuThread]) {
+    if has_spare_processor(vcpus.len()) {
+        vcpus.iter().for_each(VcpuThread::rouse);
+    }
 }
 
 /// Resumes all vCPUs of a VM.

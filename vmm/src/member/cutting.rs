@@ -15,7 +15,7 @@ use crate::devices::gate::HeldGate;
 use crate::frames::CutId;
 use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, resume_all, stop_all};
+use crate::kvm::{VcpuThread, resume_all, rouse_all, stop_all};
 use crate::space::Space;
 use crate::window::{CutFiles, Window};
 
@@ -74,6 +74,9 @@ impl Member {
         let result = stopped.map_err(MemberError::from).and_then(|()| {
             let snapshot = self.save(&held, backing, asked_by)?;
             times.saved = monotonic_ns();
+            if self.held.is_none() {
+                rouse_all(&self.vcpus);
+            }
             let figures = reserved.perform(previous)?;
             times.protected = monotonic_ns();
             Ok((snapshot, figures))

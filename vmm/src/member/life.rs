@@ -13,11 +13,10 @@ use super::messages::{
 };
 use super::ram::SpaceRam;
 use super::services::Services;
-use super::shell::{MemberFiles, Shell};
+use super::shell::{MemberFiles, ServedSpace, Shell};
 use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
 use super::wiring::{ConsoleSink, MsiLine, NoLine};
-use crate::board::Board;
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
@@ -28,9 +27,9 @@ use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, Vm, close, resume_all, stop_all};
+use crate::kvm::{VcpuThread, Vm, close, resume_all, rouse_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
-use crate::window::{OnFailure, Resolvers, Window};
+use crate::window::{Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
@@ -39,15 +38,13 @@ pub(super) const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// A member process.
 pub struct Member {
     pub(super) setup: Setup,
-    board: Board,
     files: Arc<MemberFiles>,
     pub(super) machine: Arc<MemberMachine>,
     pub(super) gate: Arc<CompletionGate>,
     pub(super) vm: Option<Arc<Vm>>,
     pub(super) vcpus: Vec<VcpuThread>,
-    window: Option<Window>,
-    /// What was prepared for a clone of that cut.
-    ready: Option<(CutId, Served)>,
+    /// Until it has a role.
+    memory: Option<ServedSpace>,
     life: Option<Life>,
     /// While quiesced.
     pub(super) held: Option<HeldGate>,
@@ -77,13 +74,6 @@ pub(super) struct Life {
     _resolvers: Resolvers,
 }
 
-/// A space, and the threads that serve it.
-struct Served {
-    space: Arc<Space<Window>>,
-    services: Services,
-    resolvers: Resolvers,
-}
-
 pub(super) type Answer = Result<(Reply, Vec<OwnedFd>), MemberError>;
 
 fn done() -> Answer {
@@ -96,14 +86,12 @@ impl Member {
     pub fn new(shell: Shell) -> Self {
         Self {
             setup: shell.setup,
-            board: shell.board,
             files: shell.files,
             machine: shell.machine,
             gate: CompletionGate::new(),
             vm: shell.vm,
             vcpus: shell.vcpus,
-            window: Some(shell.window),
-            ready: None,
+            memory: Some(shell.memory),
             life: None,
             held: None,
             just_cut: None,
@@ -132,7 +120,6 @@ impl Member {
                 let live = self.machine.role().map_err(MemberError::Protocol)?;
                 Ok((Reply::Accepted(live.bus().serial.enqueue(&input)), Vec::new()))
             }
-            Order::PrepareClone { cut } => self.prepare_clone(cut).and(done()),
             Order::Become { vm, cut, snapshot } => {
                 self.become_clone(vm, cut, snapshot.decode()?, descriptors)
             }
@@ -213,8 +200,8 @@ impl Member {
         self.life.as_mut().ok_or(MemberError::Protocol("this member is no vm yet"))
     }
 
-    fn window(&mut self) -> Result<Window, MemberError> {
-        self.window.take().ok_or(MemberError::Protocol("this member is a vm already"))
+    fn memory(&mut self) -> Result<ServedSpace, MemberError> {
+        self.memory.take().ok_or(MemberError::Protocol("this member is a vm already"))
     }
 
     fn boot(
@@ -224,15 +211,14 @@ impl Member {
         backing_bytes: u64,
         descriptors: Vec<OwnedFd>,
     ) -> Answer {
-        let window = self.window()?;
+        let memory = self.memory()?;
+        let space = Arc::clone(&memory.space);
+        space.begin_as_root();
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let extents = ArenaExtents::new(&self.files, []);
         let backing = Backing::new(base, backing_bytes, Arc::<ArenaExtents>::clone(&extents))?;
-        let board = self.board.clone();
-        let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
-        let served = self.serve(Arc::clone(&space))?;
-        self.begin(vm, served, (backing, extents), bus, false)?;
+        self.begin(vm, memory, (backing, extents), bus, false)?;
         match files {
             Some(files) => {
                 start::enter_image(&self.vcpus, &files.load(&space, self.setup.vcpus, command_line)?)?
@@ -253,7 +239,9 @@ impl Member {
         snapshot: Snapshot,
         mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
-        let clone = self.take_prepared(cut)?;
+        let memory = self.memory()?;
+        memory.space.host().become_clone(cut).map_err(MemberError::Window)?;
+        memory.space.begin_as_clone(cut);
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -263,9 +251,10 @@ impl Member {
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
-        let bus = self.bus(&clone.space, &backing, Some(&snapshot))?;
+        let bus = self.bus(&memory.space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
-        self.begin(vm, clone, (backing, extents), bus, true)?;
+        self.begin(vm, memory, (backing, extents), bus, true)?;
+        rouse_all(&self.vcpus);
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
         }
@@ -316,54 +305,11 @@ impl Member {
         Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma) })
     }
 
-    /// Makes the window that of a clone of `cut`, and starts what serves it.
-    fn prepare_clone(&mut self, cut: CutId) -> Result<(), MemberError> {
-        let window = self.window()?;
-        window.become_clone(cut).map_err(MemberError::Window)?;
-        let board = self.board.clone();
-        let space = Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut);
-        self.ready = Some((cut, self.serve(Arc::new(space))?));
-        Ok(())
-    }
-
-    fn take_prepared(&mut self, cut: CutId) -> Result<Served, MemberError> {
-        if self.ready.is_none() {
-            self.prepare_clone(cut)?;
-        }
-        match self.ready.take() {
-            Some((of, served)) if of == cut => Ok(served),
-            _ => Err(MemberError::Protocol("this member is ready for another cut")),
-        }
-    }
-
-    /// Starts the threads that serve a space.
-    fn serve(&self, space: Arc<Space<Window>>) -> Result<Served, MemberError> {
-        let machine = Arc::clone(&self.machine);
-        let on_failure: OnFailure = Arc::new(move |error: SpaceError| {
-            // After the end of a VM its faults stay open, and concern nobody.
-            if !matches!(error, SpaceError::Stopping) {
-                machine.tell(Event::Trouble(error.to_string()));
-            }
-        });
-        // One more than can wait for another process at one time, and one for the devices.
-        let resolvers = Resolvers::start(&space, usize::from(self.setup.vcpus) + 2, &on_failure)
-            .map_err(MemberError::Window)?;
-        let services = Services::start(
-            &space,
-            &self.machine,
-            self.board.clone(),
-            self.setup.slot,
-            self.setup.publication.keep,
-        )
-        .map_err(MemberError::Window)?;
-        Ok(Served { space, services, resolvers })
-    }
-
     /// Gives the machine its role.
     fn begin(
         &mut self,
         vm: VmId,
-        Served { space, services, resolvers }: Served,
+        memory: ServedSpace,
         (backing, extents): (Arc<Backing>, Arc<ArenaExtents>),
         bus: Bus,
         is_clone: bool,
@@ -374,18 +320,18 @@ impl Member {
         let live = Live {
             vm,
             bus: RwLock::new(bus),
-            space: Arc::clone(&space),
+            space: Arc::clone(&memory.space),
             is_fresh: AtomicBool::new(is_clone),
         };
         self.machine.live(live).map_err(MemberError::Protocol)?;
         self.life = Some(Life {
-            space,
-            services,
+            space: memory.space,
+            services: memory.services,
             thread_guest: None,
             backing,
             extents,
             has_ended: false,
-            _resolvers: resolvers,
+            _resolvers: memory.resolvers,
         });
         Ok(())
     }

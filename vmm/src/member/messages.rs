@@ -124,11 +124,6 @@ pub enum Order {
     },
     /// Input for the serial port. The answer is [`Reply::Accepted`].
     ConsoleInput(Vec<u8>),
-    /// Get ready to become a clone of a cut that is being taken: what can be done without its state.
-    PrepareClone {
-        /// The cut.
-        cut: CutId,
-    },
     /// Become a clone and run.
     Become {
         /// Its name.

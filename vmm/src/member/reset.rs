@@ -17,7 +17,7 @@ use super::mailbox::ResetBell;
 use super::messages::{Event, Reply, ResetReply, ResetTimes};
 use crate::ipc::Channel;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{resume_all, stop_all};
+use crate::kvm::{resume_all, rouse_all, stop_all};
 use crate::space::SpaceError;
 
 impl Member {
@@ -112,6 +112,7 @@ impl Member {
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         *live.bus.write().unwrap_or_else(PoisonError::into_inner) = bus;
         self.machine.begin_again();
+        rouse_all(&self.vcpus);
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
         }

@@ -86,7 +86,7 @@ impl<H: Host> Space<H> {
                 area.set_map(leaf, LeafMap::Own);
                 self.host.wake(leaf)?;
             }
-            Found::Shared { block: Some(block), patches: None } if self.placeholder == Some(block) => {
+            Found::Shared { block: Some(block), patches: None } if self.placeholder.get() == Some(&block) => {
                 area.set_map(leaf, LeafMap::Block(block));
                 self.host.unregister(leaf)?;
                 self.set_backing(leaf, Backing::Block(block));

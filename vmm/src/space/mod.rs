@@ -34,7 +34,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -176,8 +176,8 @@ pub struct Space<H: Host> {
     pins: Mutex<PinTable>,
     /// The exclusive pages of protected blocks, as they were just before the protection.
     block_sets: Mutex<BTreeMap<LeafNumber, PageSet>>,
-    /// The cut over whose file trapped leaves are mapped.
-    placeholder: Option<CutId>,
+    /// The cut over whose file trapped leaves are mapped: the one that the VM is a clone of.
+    placeholder: OnceLock<CutId>,
     stopping: AtomicU32,
     counters: Counters,
 }
@@ -185,20 +185,20 @@ pub struct Space<H: Host> {
 impl<H: Host> Space<H> {
     /// A space whose window is anonymous and untouched.
     pub fn new(host: H, board: Board, slot: u32, shape: MemoryShape) -> Self {
-        let space = Self::bare(host, board, slot, shape, None);
-        for leaf in shape.leaves() {
-            space.set_backing(leaf, Backing::Anonymous);
-            space.board.member(slot).set_map(leaf, LeafMap::Own);
-        }
+        let space = Self::unused(host, board, slot, shape);
+        space.begin_as_root();
         space
     }
 
     /// The space of a clone of `cut`: all its leaves trap, over that cut's file.
     pub fn new_clone(host: H, board: Board, slot: u32, shape: MemoryShape, cut: CutId) -> Self {
-        Self::bare(host, board, slot, shape, Some(cut))
+        let space = Self::unused(host, board, slot, shape);
+        space.begin_as_clone(cut);
+        space
     }
 
-    fn bare(host: H, board: Board, slot: u32, shape: MemoryShape, placeholder: Option<CutId>) -> Self {
+    /// The space of a VM that will be one of the two: nobody has touched its window.
+    pub fn unused(host: H, board: Board, slot: u32, shape: MemoryShape) -> Self {
         Self {
             host,
             board,
@@ -211,10 +211,24 @@ impl<H: Host> Space<H> {
             cuts: RwLock::new(Vec::new()),
             pins: Mutex::new(PinTable::default()),
             block_sets: Mutex::new(BTreeMap::new()),
-            placeholder,
+            placeholder: OnceLock::new(),
             stopping: AtomicU32::new(0),
             counters: Counters::default(),
         }
+    }
+
+    /// The window is anonymous and untouched.
+    pub fn begin_as_root(&self) {
+        for leaf in self.shape.leaves() {
+            self.set_backing(leaf, Backing::Anonymous);
+            self.board.member(self.slot).set_map(leaf, LeafMap::Own);
+        }
+    }
+
+    /// All leaves of the window trap, over the file of `cut`. A space begins once.
+    pub fn begin_as_clone(&self, cut: CutId) {
+        let first = self.placeholder.set(cut);
+        debug_assert!(first.is_ok(), "a space begins once");
     }
 
     /// The host under the space.

@@ -35,7 +35,7 @@ impl<H: Host> Space<H> {
     /// The VM is no clone, or a page is pinned: nothing has changed. The host refused: the memory is
     /// in between, and must be reset again before anybody uses it.
     pub fn reset(&self) -> Result<ResetFigures, SpaceError> {
-        let origin = self.placeholder.ok_or(SpaceError::NoOrigin)?;
+        let origin = self.placeholder.get().copied().ok_or(SpaceError::NoOrigin)?;
         let _cutting = self.cutting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let pinned = self.pin_table().pages().next();
         if let Some(gfn) = pinned {
