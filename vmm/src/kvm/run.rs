@@ -144,6 +144,7 @@ impl Running {
     /// Runs the guest until a stop is raised (`None`) or its run ends. The state is clean after a
     /// stop and after [`End::Exit`].
     pub(super) fn run(&mut self, context: &Context<'_>) -> Option<End> {
+        self.vcpu.forget();
         self.run_until_end(context).err()
     }
 

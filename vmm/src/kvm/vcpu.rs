@@ -190,7 +190,7 @@ impl Shared {
     fn look(&self, seen: u32, limit: Duration) {
         let begun = Instant::now();
         while self.changes.load(Ordering::Acquire) == seen && begun.elapsed() < limit {
-            std::hint::spin_loop();
+            std::thread::yield_now();
         }
     }
 

@@ -9,7 +9,7 @@
 #![expect(unsafe_code, reason = "hands host memory to the kernel as guest memory")]
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -129,6 +129,8 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: usize,
     pub(super) layout: Arc<StateLayout>,
+    /// Its state, where that is known without asking: it has not run since it was made.
+    known: Mutex<Option<Box<VcpuState>>>,
 }
 
 impl Vcpu {
@@ -145,8 +147,29 @@ impl Vcpu {
     }
 
     /// Its descriptor, to run it on the calling thread.
-    pub const fn fd_mut(&mut self) -> &mut VcpuFd {
+    pub fn fd_mut(&mut self) -> &mut VcpuFd {
+        self.forget();
         &mut self.fd
+    }
+
+    /// Remembers its state, so that the first state that is set into it costs less: for one that is
+    /// made ahead.
+    ///
+    /// # Errors
+    /// As [`VcpuState::save`].
+    pub fn remember(&self) -> Result<(), KvmError> {
+        let state = self.save()?;
+        *self.known() = Some(Box::new(state));
+        Ok(())
+    }
+
+    /// It is about to run: nothing is known of it any more.
+    pub(super) fn forget(&self) {
+        *self.known() = None;
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Box<VcpuState>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Saves its state.
@@ -162,7 +185,8 @@ impl Vcpu {
     /// # Errors
     /// As [`VcpuState::set`].
     pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
-        state.set(&self.fd, &self.layout)
+        let known = self.known().take();
+        state.set(&self.fd, &self.layout, known.as_deref())
     }
 }
 
@@ -216,7 +240,7 @@ impl Vm {
         fd.set_cpuid2(&cpuid_of(kvm.supported_cpuid(), index, vcpus))
             .map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         let layout = StateLayout::of(kvm, &self.fd, &fd)?;
-        Ok(Vcpu { fd, index: index.into(), layout })
+        Ok(Vcpu { fd, index: index.into(), layout, known: Mutex::default() })
     }
 
     /// Which interrupt controller the VM has.

@@ -213,6 +213,7 @@ impl Member {
     ) -> Answer {
         let memory = self.memory()?;
         let space = Arc::clone(&memory.space);
+        space.host().become_root().map_err(MemberError::Window)?;
         space.begin_as_root();
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let extents = ArenaExtents::new(&self.files, []);

@@ -158,8 +158,8 @@ fn make_vm(
     let region = |(first, count): (crate::words::LeafNumber, u32)| Region {
         gpa: first.gpa(),
         len_bytes: count as usize * LEAF_BYTES,
-        // SAFETY: the window reserves the range as long as the process runs a VM over it (the VM is
-        // closed first), and Rust keeps nothing in it.
+        // SAFETY: the range is the window's as long as the process runs a VM over it (the VM is closed
+        // first), and Rust keeps nothing in it.
         host: unsafe { VouchedAddress::new(window.host_address(first.gpa()).as_ptr()) },
     };
     let regions: Vec<Region> = setup.memory.regions().into_iter().map(region).collect();
@@ -171,6 +171,7 @@ fn make_vm(
     let threads = vcpus
         .into_iter()
         .map(|vcpu| {
+            vcpu.remember()?;
             let machine = Arc::clone(machine);
             VcpuThread::spawn(vcpu, machine)
         })

@@ -90,14 +90,15 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window of untouched anonymous memory, with huge pages asked for if `is_huge`.
+    /// A window in which nothing is mapped yet, but whose addresses are settled. Its anonymous memory
+    /// will be of huge pages if `is_huge`.
     ///
     /// # Errors
     /// The host has no userfaultfd for kernel faults, no PAGEMAP_SCAN, or no room.
     pub fn new(shape: MemoryShape, is_huge: bool, files: Arc<dyn FrameFiles>) -> io::Result<Self> {
         guarded::install()?;
-        let window = Self {
-            memory: Reservation::new(shape.span_bytes())?,
+        Ok(Self {
+            memory: Reservation::of_addresses(shape.span_bytes())?,
             shape,
             is_huge,
             userfault: Userfault::open()?,
@@ -105,11 +106,18 @@ impl Window {
             files,
             cuts: Mutex::new(BTreeMap::new()),
             images: Mutex::new(BTreeMap::new()),
-        };
-        for (first, count) in shape.regions() {
-            window.memory.map_anonymous(window.span(first, count), is_huge)?;
+        })
+    }
+
+    /// Makes the window untouched anonymous memory: that of a VM that shares nothing.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn become_root(&self) -> io::Result<()> {
+        for (first, count) in self.shape.regions() {
+            self.memory.map_anonymous(self.span(first, count), self.is_huge)?;
         }
-        Ok(window)
+        Ok(())
     }
 
     /// Makes all of the window trap, over the file of `cut`: before a clone's first instruction.
