@@ -37,6 +37,8 @@ impl<H: Host> Space<H> {
     pub fn reset(&self) -> Result<ResetFigures, SpaceError> {
         let origin = self.placeholder.get().copied().ok_or(SpaceError::NoOrigin)?;
         let _cutting = self.cutting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Whoever is still at a leaf that it has just opened for a store says first what that leaf is.
+        drop(self.remap.write().unwrap_or_else(std::sync::PoisonError::into_inner));
         let pinned = self.pin_table().pages().next();
         if let Some(gfn) = pinned {
             return Err(SpaceError::Pinned { gfn });
