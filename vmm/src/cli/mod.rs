@@ -36,7 +36,7 @@ enum Command {
     Ps(vms::PsArguments),
     /// End a VM; with the last one its colony ends
     Stop(vms::NameArguments),
-    /// Show what a VM has written, and what it writes, until it ends
+    /// Show what a VM has written and writes until it ends, and give it standard input; Ctrl-] leaves
     Console(vms::NameArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),

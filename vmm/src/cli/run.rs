@@ -18,8 +18,10 @@ use crate::control::client::Client;
 use crate::control::place::{Place, check_name};
 use crate::control::registry::Entry;
 use crate::control::service::{Keeper, Outcome, Settings};
+use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Source};
 use crate::ipc::spawn::{self, SpawnError};
 use crate::kvm::{Kvm, KvmError};
+use crate::member::messages::HowEnded;
 
 /// The argument that makes `salp` a keeper in the background.
 pub const KEEPER_ARGUMENT: &str = "__keeper";
@@ -97,17 +99,30 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     if arguments.detach {
         return detach(&settings);
     }
+    // The built-in guest reads nothing: its terminal stays as it is.
+    let has_input = settings.kernel.is_some();
     let keeper = Keeper::start(settings)?;
     let name = keeper.root()?.name;
-    eprintln!("salp: {name} runs: `salp fork {name}` clones it, Ctrl-C ends it");
+    let input = has_input.then(Input::open).transpose()?;
+    let source = input.as_ref().map_or(Source::Nobody, |input| input.source);
+    let key = if source == Source::Raw { LEAVE_KEY_NAME } else { "Ctrl-C" };
+    eprintln!("salp: {name} runs: `salp fork {name}` clones it, {key} ends it");
     keeper.show_console()?;
+    keeper.feed_console(source)?;
     let outcome = keeper.run(|root| {
+        terminal::restore();
         let how = root.state.describe();
         let name = &root.name;
         eprintln!("salp: {name} {how}; its clones go on (`salp ps` lists them, Ctrl-C ends them)");
     })?;
+    drop(input);
     Ok(exit_code(&name, &outcome))
 }
+
+/// Exit status after a guest's crash, as after SIGABRT.
+const CRASHED: u8 = 134;
+/// Exit status after the end of a VM's process, as after SIGKILL.
+const KILLED: u8 = 137;
 
 fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
     match (&outcome.root, outcome.signal) {
@@ -115,15 +130,21 @@ fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
             eprintln!("salp: interrupted, everything is ended");
             ExitCode::from(interrupt::status(signal))
         }
-        (VmState::Ended { status: Some(0), .. }, None) => ExitCode::SUCCESS,
-        (VmState::Ended { status: Some(status), text }, None) => {
-            eprintln!("salp: {name} ended with {status}: {text}");
-            // What does not fit must not look like success.
-            ExitCode::from(u8::try_from(*status).unwrap_or(u8::MAX))
-        }
-        (VmState::Ended { status: None, text }, None) => {
-            eprintln!("salp: {name} ended: {text}");
-            ExitCode::FAILURE
+        (VmState::Ended { how, status, text }, None) => {
+            let (said, code) = match how {
+                HowEnded::Exited if *status == Some(0) => return ExitCode::SUCCESS,
+                // What does not fit must not look like success.
+                HowEnded::Exited => (
+                    format!("ended with {}", status.unwrap_or(u32::MAX)),
+                    status.and_then(|status| u8::try_from(status).ok()).unwrap_or(u8::MAX),
+                ),
+                HowEnded::Reset => ("was reset by its guest".to_owned(), 0),
+                HowEnded::Halted => ("has halted".to_owned(), 0),
+                HowEnded::Crashed => (format!("crashed: {text}"), CRASHED),
+                HowEnded::Killed => (format!("ended: {text}"), KILLED),
+            };
+            eprintln!("salp: {name} {said}");
+            ExitCode::from(code)
         }
         (VmState::Stopped | VmState::Running, None) => {
             eprintln!("salp: {name} was stopped");

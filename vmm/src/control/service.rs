@@ -17,6 +17,7 @@ use super::console::Console;
 use super::place::{Locked, Place};
 use super::registry::{Entry, Happening, Registry};
 use super::requests::accept;
+use super::terminal::{self, Over, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
@@ -107,7 +108,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM and SIGHUP end it in order.
+    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM, SIGHUP and SIGQUIT end it in order.
     ///
     /// # Errors
     /// The name is taken, or the host refused something. Nothing is left behind.
@@ -177,6 +178,28 @@ impl Keeper {
             }
             drop(work);
         })?;
+        Ok(())
+    }
+
+    /// Gives the first VM what comes from `source`, in a thread of its own. The leave key ends the colony
+    /// as SIGINT does.
+    ///
+    /// # Errors
+    /// The host has no room for a thread.
+    pub fn feed_console(&self, source: Source) -> Result<(), ControlError> {
+        let (service, name) = (Arc::clone(&self.service), self.root()?.name);
+        let run = move || {
+            let over = terminal::pump(source, |typed| {
+                let delivered = deliver(source, typed, |rest| service.input(&name, rest));
+                delivered.inspect_err(|error| tracing::debug!(%error, "console input ends")).is_ok()
+            });
+            match over {
+                Ok(Over::Left) => service.registry.tell(Happening::Signal(signal_hook::consts::SIGINT)),
+                Ok(Over::Ended) => {}
+                Err(error) => tracing::warn!(%error, "standard input cannot be read"),
+            }
+        };
+        std::thread::Builder::new().name("input".to_owned()).spawn(run)?;
         Ok(())
     }
 
@@ -334,12 +357,13 @@ impl Drop for Work {
 
 /// Signals are told to the main thread; a second one ends the process at once, and with it all VMs.
 fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
     let registry = Arc::clone(registry);
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for (seen, signal) in signals.forever().enumerate() {
             if seen > 0 {
+                terminal::restore();
                 std::process::exit(128 + signal);
             }
             registry.tell(Happening::Signal(signal));

@@ -27,7 +27,7 @@
 //! [`wait_stopped`]: VcpuThread::wait_stopped
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -36,8 +36,9 @@ use serde::{Deserialize, Serialize};
 
 use super::error::KvmError;
 use super::kick::{self, ImmediateExit, StopSignal};
-use super::machine::Machine;
+use super::machine::{End, Machine};
 use super::poison;
+use super::rest::{Rest, VcpuWatch};
 use super::run::{Context, ExitCounters, Exits, Running};
 use super::state::VcpuState;
 use super::stats::stats;
@@ -137,7 +138,7 @@ struct Slot {
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     index: usize,
     slot: Mutex<Slot>,
     /// Order or phase has changed.
@@ -145,9 +146,19 @@ struct Shared {
     stop: StopSignal,
     times: TimeStamps,
     exits: ExitCounters,
+    /// The thread is in `KVM_RUN`, or as good as there.
+    pub(super) in_guest: AtomicBool,
 }
 
 impl Shared {
+    /// The kernel's number of the thread, while the vCPU is with it.
+    pub(super) fn running_thread(&self) -> Option<i32> {
+        match self.lock().phase {
+            Phase::Running(thread) => Some(thread),
+            Phase::Parked(_) | Phase::Gone => None,
+        }
+    }
+
     /// The slot. A panic under the lock leaves it whole: all changes are single assignments.
     fn lock(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
@@ -193,7 +204,13 @@ impl Drop for Leaving<'_> {
 /// The body of a vCPU's thread.
 fn thread(shared: &Shared, machine: &dyn Machine, vcpu: Vcpu) {
     let _leaving = Leaving(shared);
-    let context = Context { machine, stop: &shared.stop, times: &shared.times, exits: &shared.exits };
+    let context = Context {
+        machine,
+        stop: &shared.stop,
+        times: &shared.times,
+        exits: &shared.exits,
+        in_guest: &shared.in_guest,
+    };
     let mut next = shared.park(Box::new(Running::new(vcpu)), false);
     while let Some(mut running) = next {
         let end = running.run(&context);
@@ -229,6 +246,7 @@ impl VcpuThread {
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
             exits: ExitCounters::default(),
+            in_guest: AtomicBool::new(false),
         });
         // Held until the thread has parked, so that nobody signals a thread that has no number yet.
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
@@ -395,6 +413,28 @@ impl VcpuThread {
             open.shown_rax = rax;
             Ok(())
         })?
+    }
+
+    /// What can wake a stopped vCPU.
+    ///
+    /// # Errors
+    /// It is not stopped, or an ioctl failed.
+    pub fn rest(&self) -> Result<Rest, KvmError> {
+        self.with_vcpu(|running| Rest::of(&running.vcpu.fd))?
+    }
+
+    /// Describes a stopped vCPU, which has halted for good.
+    ///
+    /// # Errors
+    /// It is not stopped.
+    pub fn halted(&self, machine: &dyn Machine) -> Result<End, KvmError> {
+        self.with_vcpu(|running| running.halted(machine))
+    }
+
+    /// To look at it from another thread.
+    #[must_use]
+    pub fn watch(&self) -> VcpuWatch {
+        VcpuWatch(Arc::clone(&self.shared))
     }
 
     /// Whether the guest's run has ended on this vCPU.

@@ -26,7 +26,7 @@ use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, Vm, close, resume_all, stop_all};
+use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, resume_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
 use crate::window::{OnFailure, Resolvers, Window};
 
@@ -49,6 +49,8 @@ pub struct Member {
     pub(super) held: Option<HeldGate>,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
+    /// The guest has halted for good, and that was told.
+    has_halted: bool,
 }
 
 /// What a VM has besides what its vCPUs see.
@@ -85,6 +87,7 @@ impl Member {
             life: None,
             held: None,
             just_cut: None,
+            has_halted: false,
         }
     }
 
@@ -118,6 +121,7 @@ impl Member {
             }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
+            Order::Look => self.look(),
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
             Order::Describe => Ok((Reply::Describe(Box::new(self.describe()?)), Vec::new())),
             Order::Puppet { vcpu, order } => self.put_order(vcpu, order),
@@ -317,7 +321,7 @@ impl Member {
             }
         }
         let at = monotonic_ns();
-        resume_all(&self.vcpus)?;
+        self.resume_vcpus()?;
         Ok((Reply::Running { at }, Vec::new()))
     }
 
@@ -338,9 +342,44 @@ impl Member {
 
     fn resume(&mut self) -> Answer {
         if !self.life()?.has_ended {
-            resume_all(&self.vcpus)?;
+            self.resume_vcpus()?;
         }
         self.held = None;
+        done()
+    }
+
+    /// Lets the vCPUs go on. The watch may have seen them stand still.
+    pub(super) fn resume_vcpus(&self) -> Result<(), KvmError> {
+        let resumed = resume_all(&self.vcpus);
+        self.machine.watch().guest_acts();
+        resumed
+    }
+
+    /// Looks whether the guest has halted for good. One that does anything is not disturbed.
+    fn look(&mut self) -> Answer {
+        let sleeps = |vcpu: &VcpuThread| vcpu.watch().doing() == Doing::Sleeps;
+        if self.life()?.has_ended || self.has_halted || self.held.is_some() || self.vcpus.is_empty() {
+            return done();
+        }
+        if !self.vcpus.iter().all(sleeps) {
+            self.machine.watch().guest_acts();
+            return done();
+        }
+        let rests = stop_all(&self.vcpus, STOP_LIMIT)
+            .and_then(|()| self.vcpus.iter().map(VcpuThread::rest).collect::<Result<Vec<_>, _>>());
+        if let Ok(rests) = &rests
+            && Rest::is_for_good(rests)
+            && let Some(at) = rests.iter().position(|&rest| rest == Rest::Halted)
+        {
+            self.has_halted = true;
+            self.machine.ended(at, self.vcpus[at].halted(self.machine.as_ref())?);
+        }
+        // Also after a failure, and one that has halted: it may be cut, as any other.
+        resume_all(&self.vcpus)?;
+        // It slept for another reason, waiting for a page perhaps: it is to be looked at again.
+        if rests?.contains(&Rest::Awake) {
+            self.machine.watch().guest_acts();
+        }
         done()
     }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicU32;
 use super::MemberError;
 use super::machine::MemberMachine;
 use super::messages::{GuestKind, Setup};
+use super::watch;
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
@@ -112,6 +113,9 @@ impl Shell {
             }
             GuestKind::Thread => (None, Vec::new()),
         };
+        if !vcpus.is_empty() {
+            watch::start(&machine, &vcpus).map_err(MemberError::Window)?;
+        }
         Ok(Self { setup, board, files: Arc::new(files), window, vm, vcpus, machine })
     }
 }
