@@ -152,3 +152,20 @@ pub fn counts(text: &str) -> Vec<u32> {
     let whole_lines = whole.lines().filter(|line| line.len() == 8);
     whole_lines.map(|line| line.bytes().fold(0, digit)).collect()
 }
+
+/// 32-bit code: prints the command line that PVH's start info names, the first byte of the first module,
+/// and how many parts the memory map has; then halts.
+pub const PVH_REPORT: &[u8] = &[
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0x81, 0x3b, 0x78, 0xc5, 0x6e, 0x33, // cmp dword [ebx], the magic number
+    0x75, 0x21, // jne halt
+    0x8b, 0x73, 0x18, // mov esi, [ebx + 24]
+    0x8a, 0x06, 0x46, // next: mov al, [esi]; inc esi
+    0x84, 0xc0, 0x74, 0x03, // test al, al; jz modules
+    0xee, 0xeb, 0xf6, // out dx, al; jmp next
+    0x83, 0x7b, 0x0c, 0x01, 0x75, 0x08, // modules: cmp dword [ebx + 12], 1; jne map
+    0x8b, 0x73, 0x10, 0x8b, 0x36, // mov esi, [ebx + 16]; mov esi, [esi]
+    0x8a, 0x06, 0xee, // mov al, [esi]; out dx, al
+    0x8a, 0x43, 0x30, 0x04, 0x30, 0xee, // map: mov al, [ebx + 48]; add al, '0'; out dx, al
+    0xfa, 0xf4, 0xeb, 0xfd, // halt: cli; hlt; jmp to the hlt
+];

@@ -16,7 +16,8 @@ use salp::kvm::Irqchip;
 use salp::member::messages::GuestKind;
 use salp::words::MemoryShape;
 use salp_tests::images::{
-    COUNTER, ECHO, HALT, LATE_HALT, PROMPT, RESET, TRIPLE_FAULT, WAIT, bare_image, counts,
+    CODE, COUNTER, ECHO, HALT, LATE_HALT, PROMPT, RESET, TRIPLE_FAULT, WAIT, bare_image, counts, image,
+    pvh_note,
 };
 use salp_tests::procs::salp_binary;
 use salp_tests::world::can_run;
@@ -178,7 +179,13 @@ fn bad_images_are_refused_with_a_reason() {
         image
     };
     let dynamic = with(64, &3_u32.to_le_bytes());
-    let bad: [(&str, Vec<u8>); 16] = [
+    let noted = |note: &[u8]| image(COUNTER, CODE, note);
+    let mut short_note = pvh_note(0);
+    short_note[4] = 2;
+    let bad: [(&str, Vec<u8>); 19] = [
+        ("entry 0x100000", noted(&pvh_note(1 << 20))),
+        ("PVH entry is 0x2", noted(&short_note)),
+        ("truncated: a segment of notes", noted(&pvh_note(0))[..220].to_vec()),
         ("neither an ELF file nor a bzImage", b"#!/bin/sh\n".to_vec()),
         ("neither an ELF file nor a bzImage", Vec::new()),
         ("truncated", good[..10].to_vec()),

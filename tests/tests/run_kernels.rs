@@ -7,8 +7,8 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use salp_tests::images::{
-    BREAKPOINT, COUNTER, DOT_AND_HALT, ECHO, EXIT_7, HALT, OBEDIENT, PROMPT, RESET, RESET_BY_CHIPSET,
-    TRIPLE_FAULT, WAIT, bare_image, counts,
+    BREAKPOINT, COUNTER, DOT_AND_HALT, ECHO, EXIT_7, HALT, OBEDIENT, PROMPT, PVH_REPORT, RESET,
+    RESET_BY_CHIPSET, TRIPLE_FAULT, WAIT, bare_image, counts, image, pvh_note,
 };
 use salp_tests::procs::{entries, settled};
 use salp_tests::user::User;
@@ -108,6 +108,32 @@ fn a_guest_that_ends_is_listed_so_and_its_family_goes_on() {
     user.succeed(&["stop", "a"]);
     user.succeed(&["stop", "b"]);
     std::fs::remove_file(kernel).expect("it is ours");
+    user.end();
+}
+
+#[test]
+fn an_image_that_asks_for_pvh_gets_it() {
+    let Some(user) = User::new("kernel-pvh") else { return };
+    // Its 64-bit entry is not even in the image.
+    let kernel = user.file("pvh", &image(PVH_REPORT, 0, &pvh_note(2 << 20)));
+    let initrd = user.file("initrd", b"Z and more");
+    let arguments = ["run", "--memory", "16M", "--kernel", &kernel, "--cmdline", "hello"];
+    for (initrd, said) in [(None, "hello3"), (Some(initrd.as_str()), "helloZ3")] {
+        let options = initrd.map(|initrd| ["--initrd", initrd]);
+        let output = user.output(&[&arguments[..], options.as_ref().map_or(&[], |it| it)].concat());
+        assert_eq!(String::from_utf8_lossy(&output.stdout), said, "{output:?}");
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
+    // Linux has both, and gets the other.
+    let mut notes = pvh_note(2 << 20);
+    notes.extend([6_u32, 4, 0x101].into_iter().flat_map(u32::to_le_bytes));
+    notes.extend(b"Linux\0\0\0\0\0\0\0");
+    let linux = user.file("linux", &image(EXIT_7, 2 << 20, &notes));
+    let output = user.output(&["run", "--memory", "16M", "--kernel", &linux]);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    for file in [kernel, initrd, linux] {
+        std::fs::remove_file(file).expect("it is ours");
+    }
     user.end();
 }
 
