@@ -57,6 +57,13 @@ pub const DOT_AND_HALT: &[u8] = &[
     0xee, // out dx, al
     0xfa, 0xf4, 0xeb, 0xfd, // cli; hlt; jmp to the hlt
 ];
+/// Prints "." and makes an exception without a table for it.
+pub const DOT_AND_FAULT: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xb0, 0x2e, // mov al, '.'
+    0xee, // out dx, al
+    0x0f, 0x0b, // ud2
+];
 /// Ends with status 7.
 pub const EXIT_7: &[u8] = &[0xb0, 0x07, 0xe6, 0xf4, 0xf4]; // mov al, 7; out 0xf4, al; hlt
 /// An instruction that a software KVM does not know; elsewhere an exception without a table for it.

@@ -6,12 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use salp_tests::images::{
-    BREAKPOINT, COUNTER, DOT_AND_HALT, ECHO, EXIT_7, HALT, OBEDIENT, PROMPT, PVH_REPORT, RESET,
-    RESET_BY_CHIPSET, TRIPLE_FAULT, WAIT, bare_image, counts, image, pvh_note,
+    BREAKPOINT, COUNTER, DOT_AND_FAULT, DOT_AND_HALT, ECHO, EXIT_7, HALT, OBEDIENT, PROMPT, PVH_REPORT,
+    RESET, RESET_BY_CHIPSET, TRIPLE_FAULT, WAIT, bare_image, counts, image, pvh_note,
 };
 use salp_tests::procs::{entries, settled};
-use salp_tests::user::User;
+use salp_tests::user::{User, signal};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -192,6 +193,89 @@ fn a_guest_that_reads_nothing_takes_so_much_and_no_more() {
     assert_eq!(post(&user, "a", b"x"), "{\"accepted_bytes\":0}");
     user.succeed(&["fork", "a", "--name", "b"]);
     assert_eq!(post(&user, "b", b"x"), "{\"accepted_bytes\":0}", "unread input is part of the cut");
+    user.succeed(&["stop", "a"]);
+    user.succeed(&["stop", "b"]);
+    std::fs::remove_file(kernel).expect("it is ours");
+    user.end();
+}
+
+#[test]
+fn bad_files_are_refused_in_one_line() {
+    let Some(user) = User::new("kernel-bad") else { return };
+    let good = bare_image(COUNTER);
+    let with = |at: usize, bytes: &[u8]| {
+        let mut image = good.clone();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        image
+    };
+    let bad: [(&str, Vec<u8>, &[&str]); 6] = [
+        ("script", b"#!/bin/sh\n".to_vec(), &["neither an ELF file nor a bzImage"]),
+        ("short", good[..good.len() - 1].to_vec(), &["truncated", "a segment"]),
+        ("narrow", with(4, &[1]), &["32-bit"]),
+        ("dynamic", with(16, &3_u16.to_le_bytes()), &["dynamically linked"]),
+        ("foreign", with(18, &183_u16.to_le_bytes()), &["machine 183"]),
+        ("large", with(64 + 40, &(64_u64 << 20).to_le_bytes()), &["RAM for it", "0x2000000"]),
+    ];
+    for (name, image, words) in bad {
+        let path = user.file(name, &image);
+        let words = [words, &["--kernel", name]].concat();
+        for how in
+            [&["run", "--memory", "32M", "--kernel", &path][..], &["run", "--detach", "--kernel", &path]]
+        {
+            // The default memory has room for what is too large for less.
+            if name != "large" || !how.contains(&"--detach") {
+                user.fail(how, 1, &words);
+            }
+        }
+        std::fs::remove_file(path).expect("it is ours");
+    }
+    let (kernel, initrd) = (user.file("good", &good), user.file("initrd", &vec![0; 32 << 20]));
+    let (run, long) = (["run", "--memory", "32M", "--kernel", &kernel], "x".repeat(2048));
+    user.fail(&[&run[..], &["--initrd", &initrd]].concat(), 1, &["the initrd has 33554432 bytes"]);
+    user.fail(&[&run[..], &["--initrd", "absent"]].concat(), 1, &["--initrd absent", "No such file"]);
+    user.fail(&[&run[..], &["--initrd", "/dev"]].concat(), 1, &["--initrd /dev", "no regular file"]);
+    user.fail(&[&run[..], &["--cmdline", &long]].concat(), 1, &["command line has 2048 bytes", "2047"]);
+    user.fail(&["run", "--kernel", "absent"], 1, &["--kernel absent", "No such file"]);
+    user.fail(&["run", "--initrd", &initrd], 2, &["--kernel"]);
+    for file in [kernel, initrd] {
+        std::fs::remove_file(file).expect("it is ours");
+    }
+    user.end();
+}
+
+#[test]
+fn a_detached_vm_that_fails_at_once_leaves_a_trace() {
+    let Some(user) = User::new("kernel-trace") else { return };
+    let kernel = user.file("fault", &bare_image(DOT_AND_FAULT));
+    user.run_with("a", &["--kernel", &kernel]);
+    let ps = settled(LIMIT, || user.output(&["ps"]), |output| !output.stderr.is_empty());
+    let said = String::from_utf8_lossy(&ps.stderr);
+    for word in ["salp: a crashed: vcpu 0: ", "at rip: [", "its last output was:\n."] {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+    // It is said once.
+    assert_eq!(user.ps(), Vec::<serde_json::Value>::new());
+    user.fail(&["console", "a"], 1, &["no vm is called a"]);
+    std::fs::remove_file(kernel).expect("it is ours");
+    user.end();
+}
+
+#[test]
+fn a_keeper_that_does_not_answer_is_named() {
+    let Some(user) = User::new("kernel-frozen") else { return };
+    let kernel = user.file("wait", &bare_image(WAIT));
+    user.run_with("a", &["--kernel", &kernel]);
+    user.run_with("b", &["--kernel", &kernel]);
+    let keeper = user.keeper("a");
+    signal(keeper, Signal::STOP);
+    let says = format!("the keeper {keeper} does not answer within 5 s");
+    user.fail(&["console", "a"], 1, &[&says]);
+    let ps = user.output(&["ps"]);
+    let (listed, said) = (String::from_utf8_lossy(&ps.stdout), String::from_utf8_lossy(&ps.stderr));
+    assert!(ps.status.code() == Some(1) && said.contains(&says), "{ps:?}");
+    assert!(listed.lines().count() == 2 && listed.contains("b     1 "), "{listed}");
+    signal(keeper, Signal::CONT);
+    assert_eq!(user.ps().len(), 2);
     user.succeed(&["stop", "a"]);
     user.succeed(&["stop", "b"]);
     std::fs::remove_file(kernel).expect("it is ours");

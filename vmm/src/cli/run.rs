@@ -124,33 +124,46 @@ const CRASHED: u8 = 134;
 /// Exit status after the end of a VM's process, as after SIGKILL.
 const KILLED: u8 = 137;
 
-fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
-    match (&outcome.root, outcome.signal) {
+/// The exit status, and what is to be said.
+fn verdict(name: &str, outcome: &Outcome) -> (u8, Option<String>) {
+    let (said, status) = match (&outcome.root, outcome.signal) {
         (_, Some(signal)) => {
-            eprintln!("salp: interrupted, everything is ended");
-            ExitCode::from(interrupt::status(signal))
+            return (interrupt::status(signal), Some("interrupted, everything is ended".to_owned()));
         }
-        (VmState::Ended { how, status, text }, None) => {
-            let (said, code) = match how {
-                HowEnded::Exited if *status == Some(0) => return ExitCode::SUCCESS,
+        (VmState::Ended { how, status, text }, None) => match how {
+            HowEnded::Exited if *status == Some(0) => return (0, None),
+            HowEnded::Exited => {
+                let status = status.unwrap_or(u32::MAX);
                 // What does not fit must not look like success.
-                HowEnded::Exited => (
-                    format!("ended with {}", status.unwrap_or(u32::MAX)),
-                    status.and_then(|status| u8::try_from(status).ok()).unwrap_or(u8::MAX),
-                ),
-                HowEnded::Reset => ("was reset by its guest".to_owned(), 0),
-                HowEnded::Halted => ("has halted".to_owned(), 0),
-                HowEnded::Crashed => (format!("crashed: {text}"), CRASHED),
-                HowEnded::Killed => (format!("ended: {text}"), KILLED),
-            };
-            eprintln!("salp: {name} {said}");
-            ExitCode::from(code)
-        }
+                (format!("ended with {status}"), u8::try_from(status).unwrap_or(u8::MAX))
+            }
+            HowEnded::Reset => ("was reset by its guest".to_owned(), 0),
+            HowEnded::Halted => ("has halted".to_owned(), 0),
+            HowEnded::Crashed => (format!("crashed: {text}"), CRASHED),
+            HowEnded::Killed => (format!("ended: {text}"), KILLED),
+        },
         (VmState::Stopped | VmState::Running, None) => {
-            eprintln!("salp: {name} was stopped");
-            ExitCode::from(interrupt::status(signal_hook::consts::SIGTERM))
+            ("was stopped".to_owned(), interrupt::status(signal_hook::consts::SIGTERM))
         }
+    };
+    (status, Some(format!("{name} {said}")))
+}
+
+fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
+    let (status, said) = verdict(name, outcome);
+    if let Some(said) = said {
+        eprintln!("salp: {said}");
     }
+    ExitCode::from(status)
+}
+
+/// What a VM in the background leaves that has ended badly, before anybody could have known it.
+fn last_words(name: &str, outcome: &Outcome) -> Option<String> {
+    let is_bad = matches!(&outcome.root, VmState::Ended { .. }) && outcome.signal.is_none();
+    let (status, said) = verdict(name, outcome);
+    let output = outcome.last_output.as_ref().filter(|_| is_bad && status != 0)?;
+    let said = said.unwrap_or_default();
+    Some(if output.is_empty() { said } else { format!("{said}\nits last output was:\n{output}") })
 }
 
 /// Looks at everything that can be wrong before anything is started.
@@ -229,6 +242,9 @@ pub fn keep(settings: &str) -> Result<ExitCode, RunError> {
     let Ok((keeper, root)) = started else { return Ok(ExitCode::FAILURE) };
     is_told?;
     let outcome = keeper.run(|_| ())?;
+    if let Some(words) = last_words(&root.name, &outcome) {
+        Place::of_user().leave_last_words(&root.name, &words)?;
+    }
     Ok(exit_code(&root.name, &outcome))
 }
 

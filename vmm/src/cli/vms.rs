@@ -67,6 +67,9 @@ pub fn ps(arguments: &PsArguments) -> Result<ExitCode, ControlError> {
     for socket in &all.stale {
         eprintln!("salp: the colony of {socket} was killed: what was left of it is cleaned up");
     }
+    for words in &all.last_words {
+        eprintln!("salp: {words}");
+    }
     for error in &all.silent {
         eprintln!("salp: {error}");
     }

@@ -1,6 +1,6 @@
 //! The other end of the socket: what `salp fork`, `ps`, `stop` and `console` do.
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write};
+use std::io::{self, BufReader, Read as _, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ pub struct Everything {
     pub vms: Vec<VmView>,
     /// The sockets of colonies that were killed; they are cleaned up.
     pub stale: Vec<String>,
+    /// What VMs in the background have left that ended badly and alone; this is said once.
+    pub last_words: Vec<String>,
     /// Keepers that do not answer: what is wrong.
     pub silent: Vec<ControlError>,
 }
@@ -50,7 +52,7 @@ impl Client {
     /// # Errors
     /// The directory of names cannot be used, or a colony gave no sensible answer.
     pub fn list(&self) -> Result<Everything, ControlError> {
-        let mut all = Everything::default();
+        let mut all = Everything { last_words: self.place.take_last_words()?, ..Everything::default() };
         for socket in self.place.sockets()? {
             match self.place.connect(&socket)? {
                 Found::Colony(stream) => match call::<VmList>(stream, LIST_LIMIT, "GET", "/v1/vms", &()) {
@@ -177,8 +179,8 @@ fn is_timeout(error: &io::Error) -> bool {
 
 /// A colony that ends closes its connections.
 fn response(from: &mut BufReader<UnixStream>) -> Result<ResponseHead, ControlError> {
-    match from.fill_buf() {
-        Ok([]) => Err(ControlError::Ending),
+    match http::has_begun(from) {
+        Ok(false) => Err(ControlError::Ending),
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(ControlError::Ending),
         Err(error) => Err(error.into()),
         Ok(_) => http::read_response(from),

@@ -125,6 +125,14 @@ pub enum ControlError {
     /// The memory size.
     #[error("{0}")]
     Shape(#[from] MemoryShapeError),
+    /// A kernel cannot be started.
+    #[error("--kernel {}: {reason}", path.display())]
+    Kernel {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// What a colony answered.
     #[error("{}", .0.detail)]
     Problem(Problem),

@@ -22,7 +22,7 @@ use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
-use crate::keeper::{Colony, ColonyConfig};
+use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::Irqchip;
 use crate::words::MemoryShape;
 
@@ -54,12 +54,17 @@ pub struct Outcome {
     pub signal: Option<i32>,
     /// The first VM.
     pub root: VmState,
+    /// The end of its console output, if nothing else was ever in the colony.
+    pub last_output: Option<String>,
 }
 
 /// How long a VM's end may take.
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long those who are being answered may take to read the rest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// How much of its last output a colony leaves.
+const LAST_OUTPUT_BYTES: u64 = 2048;
 
 /// What belongs to a colony in the directory of names; dropping it removes all that.
 struct Presence {
@@ -247,12 +252,14 @@ impl Keeper {
             }
         }
         let root = self.root()?;
+        let is_alone = self.service.registry.all().len() == 1;
+        let last_output = is_alone.then(|| root.console.tail(LAST_OUTPUT_BYTES)).transpose()?;
         let working = lock(&self.service.working);
         let rest = self.service.rested.wait_timeout_while(working, ANSWER_LIMIT, |count| *count > 0);
         drop(rest);
         drop(self.presence);
         lock(&self.service.farewells).clear();
-        Ok(Outcome { signal, root: root.state })
+        Ok(Outcome { signal, root: root.state, last_output })
     }
 }
 
@@ -405,9 +412,14 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
 
 fn boot(colony: &Colony, settings: &Settings) -> Result<VmId, ControlError> {
     let Some(kernel) = &settings.kernel else { return Ok(colony.boot(&settings.command_line)?) };
-    let kernel = open(kernel)?;
+    let image = open(kernel)?;
     let initrd = settings.initrd.as_deref().map(open).transpose()?;
-    Ok(colony.boot_image(&kernel, initrd.as_ref(), &settings.command_line)?)
+    match colony.boot_image(&image, initrd.as_ref(), &settings.command_line) {
+        Err(ColonyError::Refused { reason, .. }) => {
+            Err(ControlError::Kernel { path: kernel.clone(), reason })
+        }
+        booted => Ok(booted?),
+    }
 }
 
 fn open(path: &Path) -> Result<File, ControlError> {
