@@ -40,7 +40,8 @@ pub struct RunArguments {
     /// The VM's name; without it one is made up
     #[arg(long)]
     name: Option<String>,
-    /// A kernel to run instead of the built-in guest: a static ELF64 image or a bzImage
+    /// A kernel to run instead of the built-in guest: a static ELF64 image (with a PVH entry or a 64-bit
+    /// one) or a bzImage
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk

@@ -96,8 +96,11 @@ pub enum Over {
 /// # Errors
 /// Standard input cannot be read.
 pub fn pump(source: Source, mut send: impl FnMut(&[u8]) -> bool) -> io::Result<Over> {
+    if source == Source::Nobody {
+        return Ok(Over::Ended);
+    }
     let mut chunk = vec![0; CHUNK_BYTES];
-    while source != Source::Nobody {
+    loop {
         let count = match rustix::io::read(stdin(), &mut chunk) {
             Err(Errno::INTR) => continue,
             // The terminal has hung up.
@@ -116,7 +119,6 @@ pub fn pump(source: Source, mut send: impl FnMut(&[u8]) -> bool) -> io::Result<O
             return Ok(Over::Ended);
         }
     }
-    Ok(Over::Ended)
 }
 
 /// Gives `give` all of `typed`, which says how much it takes each time. What a terminal's guest has no
