@@ -136,7 +136,26 @@ pub fn console(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
         Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Ok(ExitCode::SUCCESS)
         }
-        result => result.map(|()| ExitCode::SUCCESS),
+        Ok(()) => {
+            drop(input);
+            if source == Source::Raw {
+                say_how_it_ended(name);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// At a terminal nothing else tells why the console is over.
+fn say_how_it_ended(name: &str) {
+    match client().view(name) {
+        Ok(vm) => eprintln!("salp: {name}: {}", vm.state.describe()),
+        // With its last VM the colony is gone.
+        Err(error) => {
+            tracing::debug!(%error, "nobody knows how it ended");
+            eprintln!("salp: {name} has ended");
+        }
     }
 }
 

@@ -342,6 +342,25 @@ impl VcpuThread {
         Ok(())
     }
 
+    /// Takes a stop back, whether the vCPU has followed it or not: for one that did not stop in time, and
+    /// would do so when nobody waits for it any more.
+    ///
+    /// # Errors
+    /// Its thread is gone.
+    pub fn take_back_stop(&self) -> Result<(), KvmError> {
+        {
+            let mut slot = self.shared.lock();
+            if matches!(slot.phase, Phase::Gone) {
+                return Err(KvmError::Gone { vcpu: self.index() });
+            }
+            // Under the lock, as they are raised: the thread sees both or neither when it looks at its order.
+            slot.order = Order::Run;
+            self.shared.stop.lower();
+        }
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
     /// Runs `work` on the slot of a stopped vCPU.
     fn with_stopped<R>(&self, work: impl FnOnce(&mut Slot) -> R) -> Result<R, KvmError> {
         let vcpu = self.index();

@@ -26,13 +26,16 @@ use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, resume_all, stop_all};
+use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, stop_all};
 use crate::space::{Access, Space, SpaceError};
 use crate::window::{OnFailure, Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
 pub(super) const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long they may take to be looked at: whoever waits for a page has not halted.
+const LOOK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A member process.
 pub struct Member {
@@ -348,9 +351,17 @@ impl Member {
         done()
     }
 
-    /// Lets the vCPUs go on. The watch may have seen them stand still.
+    /// Lets the vCPUs go on, those too that have not stopped yet.
+    fn go_on(&self) -> Result<(), KvmError> {
+        self.vcpus.iter().try_for_each(|vcpu| match vcpu.resume() {
+            Err(KvmError::NotStopped { .. }) => vcpu.take_back_stop(),
+            resumed => resumed,
+        })
+    }
+
+    /// As [`go_on`](Self::go_on); the watch may have seen them stand still.
     pub(super) fn resume_vcpus(&self) -> Result<(), KvmError> {
-        let resumed = resume_all(&self.vcpus);
+        let resumed = self.go_on();
         self.machine.watch().guest_acts();
         resumed
     }
@@ -365,7 +376,7 @@ impl Member {
             self.machine.watch().guest_acts();
             return done();
         }
-        let rests = stop_all(&self.vcpus, STOP_LIMIT)
+        let rests = stop_all(&self.vcpus, LOOK_LIMIT)
             .and_then(|()| self.vcpus.iter().map(VcpuThread::rest).collect::<Result<Vec<_>, _>>());
         if let Ok(rests) = &rests
             && Rest::is_for_good(rests)
@@ -374,11 +385,13 @@ impl Member {
             self.has_halted = true;
             self.machine.ended(at, self.vcpus[at].halted(self.machine.as_ref())?);
         }
-        // Also after a failure, and one that has halted: it may be cut, as any other.
-        resume_all(&self.vcpus)?;
+        // Also one that has halted: it may be cut, as any other.
+        self.go_on()?;
         // It slept for another reason, waiting for a page perhaps: it is to be looked at again.
-        if rests?.contains(&Rest::Awake) {
-            self.machine.watch().guest_acts();
+        match rests {
+            Ok(rests) if !rests.contains(&Rest::Awake) => {}
+            Ok(_) | Err(KvmError::StopTimeout { .. }) => self.machine.watch().guest_acts(),
+            Err(error) => return Err(error.into()),
         }
         done()
     }
