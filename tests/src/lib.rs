@@ -6,6 +6,8 @@
 //! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`dma`] | the DMA engine, driven by a puppet |
+//! | [`images`] | kernels of a few instructions |
+//! | [`user`] | a user of the commands |
 //! | [`procs`] | processes, their descriptors, threads, mappings: what must not leak
 //! | [`probe`] | what the host says of a member: frame numbers, descriptors, threads |
 //!
@@ -13,9 +15,11 @@
 //! time limit. A world that ends well has been checked, and has left nothing behind.
 
 pub mod dma;
+pub mod images;
 pub mod procs;
 pub mod probe;
 pub mod row;
+pub mod user;
 pub mod world;
 
 pub use salp::member::messages::GuestKind;

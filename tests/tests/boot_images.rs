@@ -15,6 +15,10 @@ use salp::keeper::{Colony, ColonyConfig, ColonyError};
 use salp::kvm::Irqchip;
 use salp::member::messages::GuestKind;
 use salp::words::MemoryShape;
+use salp_tests::images::{
+    CODE, COUNTER, ECHO, HALT, LATE_HALT, PROMPT, RESET, TRIPLE_FAULT, WAIT, bare_image, counts, image,
+    pvh_note,
+};
 use salp_tests::procs::salp_binary;
 use salp_tests::world::can_run;
 
@@ -66,89 +70,6 @@ fn fork(colony: &Colony, vm: VmId) -> VmId {
 }
 
 // ---- a bare image ----
-
-/// Counts at 3 MiB, and prints the count as eight letters (a = 0 to p = 15) and a newline, for ever.
-const COUNTER: &[u8] = &[
-    0x48, 0xbb, 0x00, 0x00, 0x30, 0x00, 0x00, 0x00, 0x00, 0x00, // mov rbx, 0x300000
-    0x48, 0xff, 0x03, // next: inc qword [rbx]
-    0x48, 0x8b, 0x33, // mov rsi, [rbx]
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb9, 0x08, 0x00, 0x00, 0x00, // mov ecx, 8
-    0x48, 0x89, 0xf0, // digit: mov rax, rsi
-    0xc1, 0xe8, 0x1c, // shr eax, 28
-    0x04, 0x61, // add al, 'a'
-    0xee, // out dx, al
-    0xc1, 0xe6, 0x04, // shl esi, 4
-    0xff, 0xc9, // dec ecx
-    0x75, 0xf0, // jnz digit
-    0xb0, 0x0a, // mov al, 10
-    0xee, // out dx, al
-    0xb9, 0xd0, 0x07, 0x00, 0x00, // mov ecx, 2000
-    0xff, 0xc9, // wait: dec ecx
-    0x75, 0xfc, // jnz wait
-    0xeb, 0xd3, // jmp next
-];
-/// Prints what it reads.
-const ECHO: &[u8] = &[
-    0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
-    0xec, // poll: in al, dx
-    0xa8, 0x01, // test al, 1
-    0x74, 0xfb, // jz poll
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xec, // in al, dx
-    0xee, // out dx, al
-    0xeb, 0xef, // jmp from the start
-];
-/// Says "?" without a newline, then enables no interrupt, as a driver that has finished.
-const PROMPT: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, 0x3f, // mov al, '?'
-    0xee, // out dx, al
-    0xff, 0xc2, // inc edx
-    0xb0, 0x00, // mov al, 0
-    0xee, // out dx, al
-    0xeb, 0xfe, // jmp here
-];
-/// Asks the keyboard controller for a reset.
-const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]; // mov al, 0xfe; out 0x64, al; hlt
-/// An exception without a table for it.
-const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b]; // ud2
-
-const CODE: u64 = 2 << 20;
-const HEADERS: usize = 64 + 56;
-
-/// A static ELF64 executable whose one segment is `code`, at 2 MiB.
-fn bare_image(code: &[u8]) -> Vec<u8> {
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    for half in [2_u16, 62] {
-        image.extend(half.to_le_bytes());
-    }
-    image.extend(1_u32.to_le_bytes());
-    for word in [CODE, 64, 0] {
-        image.extend(word.to_le_bytes());
-    }
-    image.extend(0_u32.to_le_bytes());
-    for half in [64_u16, 56, 1, 64, 0, 0] {
-        image.extend(half.to_le_bytes());
-    }
-    let len_bytes = u64::try_from(code.len()).expect("a few instructions");
-    let offset = u64::try_from(HEADERS).expect("small");
-    image.extend([1_u32, 7].into_iter().flat_map(u32::to_le_bytes));
-    image.extend([offset, CODE, CODE, len_bytes, len_bytes, 1].into_iter().flat_map(u64::to_le_bytes));
-    assert_eq!(image.len(), HEADERS);
-    image.extend(code);
-    image
-}
-
-/// The counts in whole lines.
-fn counts(text: &str) -> Vec<u32> {
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let digit = |value: u32, letter: u8| value << 4 | u32::from(letter.wrapping_sub(b'a'));
-    // A clone's first line may be the rest of one that its source had begun.
-    let whole_lines = whole.lines().filter(|line| line.len() == 8);
-    whole_lines.map(|line| line.bytes().fold(0, digit)).collect()
-}
 
 #[track_caller]
 fn assert_consecutive(vm: VmId, counts: &[u32]) {
@@ -218,6 +139,33 @@ fn a_triple_fault_is_described() {
     assert!(text.contains("0f, 0b") || text.contains("triple fault"), "{text}");
 }
 
+#[test]
+fn a_halt_with_interrupts_off_is_noticed_and_a_wait_is_not_taken_for_one() {
+    let test = "a_halt_with_interrupts_off_is_noticed_and_a_wait_is_not_taken_for_one";
+    for (code, vcpus) in [(HALT, 1), (LATE_HALT, 1), (HALT, 2)] {
+        let Some(colony) = colony_of(test, 16, Irqchip::Full, vcpus) else { return };
+        let vm = colony.boot_image(&file(&bare_image(code)), None, "").expect("an image that boots");
+        let member = colony.member(vm).expect("it lives");
+        let (status, text) = member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends");
+        assert!(status.is_none() && text.contains("halted with interrupts off"), "{text}");
+        // A clone of it is as it is.
+        let clone = fork(&colony, vm);
+        let member = colony.member(clone).expect("it lives");
+        let (_, text) = member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends");
+        assert!(text.contains("halted with interrupts off"), "{text}");
+    }
+    let waiting = colony(test, 16, Irqchip::Full).expect("as before");
+    let vm = waiting.boot_image(&file(&bare_image(WAIT)), None, "").expect("an image that boots");
+    for _ in 0..20 {
+        waiting.look_for_ends(LIMIT);
+    }
+    let clone = fork(&waiting, vm);
+    waiting.look_for_ends(LIMIT);
+    for vm in [vm, clone] {
+        assert!(waiting.member(vm).expect("it lives").state().ended.is_none());
+    }
+}
+
 // ---- images that are refused ----
 
 #[test]
@@ -231,7 +179,13 @@ fn bad_images_are_refused_with_a_reason() {
         image
     };
     let dynamic = with(64, &3_u32.to_le_bytes());
-    let bad: [(&str, Vec<u8>); 16] = [
+    let noted = |note: &[u8]| image(COUNTER, CODE, note);
+    let mut short_note = pvh_note(0);
+    short_note[4] = 2;
+    let bad: [(&str, Vec<u8>); 19] = [
+        ("entry 0x100000", noted(&pvh_note(1 << 20))),
+        ("PVH entry is 0x2", noted(&short_note)),
+        ("truncated: a segment of notes", noted(&pvh_note(0))[..220].to_vec()),
         ("neither an ELF file nor a bzImage", b"#!/bin/sh\n".to_vec()),
         ("neither an ELF file nor a bzImage", Vec::new()),
         ("truncated", good[..10].to_vec()),

@@ -29,6 +29,10 @@ enum Command {
     /// Fork a running VM with DMA in flight, again and again, and show that every byte is right
     Demo(demo::DemoArguments),
     /// Start a VM; it can then be forked from elsewhere
+    ///
+    /// In the foreground its console is the terminal. With --kernel it gets standard input too: at a
+    /// terminal every key, Ctrl-C included, until Ctrl-] ends everything. Exit status: the guest's; 0 if it
+    /// halts or resets its machine; 134 if it crashes; 130 after Ctrl-C or Ctrl-]; 143 after `salp stop`.
     Run(run::RunArguments),
     /// Clone a running VM
     Fork(vms::ForkArguments),
@@ -36,7 +40,9 @@ enum Command {
     Ps(vms::PsArguments),
     /// End a VM; with the last one its colony ends
     Stop(vms::NameArguments),
-    /// Show what a VM has written, and what it writes, until it ends
+    /// Show what a VM has written and writes until it ends, and give it standard input
+    ///
+    /// At a terminal every key goes to the VM, Ctrl-C included, until Ctrl-] leaves; the VM runs on.
     Console(vms::NameArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),

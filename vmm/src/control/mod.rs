@@ -11,6 +11,7 @@
 //! | `GET /v1/vms/{name}` | [`VmView`] |
 //! | `POST /v1/vms/{name}/fork` with a [`ForkRequest`] | 201, [`ForkReply`] |
 //! | `POST /v1/vms/{name}/stop` | [`StopReply`] |
+//! | `POST /v1/vms/{name}/console` with input as it is | [`InputReply`]; the rest is to be sent again |
 //! | `GET /v1/vms/{name}/console` | the output from its beginning, as it comes, to the VM's end |
 //!
 //! After a stop that ends the colony the connection stays open until nothing is left of it.
@@ -20,6 +21,7 @@
 //! | [`place`] | the directory of names and sockets; what killed colonies left |
 //! | [`http`] | messages of the protocol |
 //! | [`console`] | a console's file and its followers |
+//! | [`terminal`] | the user's terminal, and what is typed at it |
 //! | [`registry`] | the VMs of this colony, as users know them |
 //! | [`service`] | a colony in its keeper's process |
 //! | `requests` | its end of the socket |
@@ -40,6 +42,7 @@ pub mod place;
 pub mod registry;
 mod requests;
 pub mod service;
+pub mod terminal;
 
 use std::io;
 use std::path::PathBuf;
@@ -49,6 +52,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::keeper::ColonyError;
+use crate::member::messages::HowEnded;
 use crate::words::MemoryShapeError;
 
 /// Why something could not be done for a user.
@@ -98,6 +102,17 @@ pub enum ControlError {
         /// What the host said.
         source: io::Error,
     },
+    /// A keeper does not answer.
+    #[error(
+        "the keeper {keeper_pid} does not answer within {seconds} s: is it stopped, or the host very busy? \
+         (`kill -CONT {keeper_pid}` lets it go on, `kill -KILL {keeper_pid}` ends it and its VMs)"
+    )]
+    Silent {
+        /// Its process.
+        keeper_pid: i32,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// What came over a socket makes no sense.
     #[error("the colony's socket: {0}")]
     Protocol(String),
@@ -110,6 +125,14 @@ pub enum ControlError {
     /// The memory size.
     #[error("{0}")]
     Shape(#[from] MemoryShapeError),
+    /// A kernel cannot be started.
+    #[error("--kernel {}: {reason}", path.display())]
+    Kernel {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// What a colony answered.
     #[error("{}", .0.detail)]
     Problem(Problem),
@@ -158,6 +181,8 @@ pub enum VmState {
     Stopped,
     /// Its guest has ended, or its process.
     Ended {
+        /// In which way.
+        how: HowEnded,
         /// The exit status that the guest gave.
         status: Option<u32>,
         /// How it ended.
@@ -172,10 +197,20 @@ impl VmState {
         match self {
             Self::Running => "running".to_owned(),
             Self::Stopped => "stopped".to_owned(),
-            Self::Ended { status: Some(status), .. } => format!("ended with {status}"),
-            Self::Ended { status: None, text } => format!("ended: {text}"),
+            Self::Ended { how, status, text } => match (how, status) {
+                (HowEnded::Exited, Some(status)) => format!("ended with {status}"),
+                (HowEnded::Reset, _) => "reset".to_owned(),
+                (HowEnded::Halted, _) => "halted".to_owned(),
+                (HowEnded::Crashed, _) => format!("crashed: {}", first_line(text)),
+                (HowEnded::Exited | HowEnded::Killed, _) => format!("ended: {}", first_line(text)),
+            },
         }
     }
+}
+
+/// The rest describes a vCPU.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
 
 /// A VM as users see it.
@@ -254,6 +289,13 @@ pub struct StopReply {
     pub name: String,
     /// It was the last one.
     pub is_colony_ending: bool,
+}
+
+/// A VM was given console input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputReply {
+    /// How much of it found room.
+    pub accepted_bytes: usize,
 }
 
 /// What is behind a lock stays usable after a panic elsewhere: each change of it is one step.

@@ -13,6 +13,7 @@ use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
+use crate::member::messages::HowEnded;
 
 /// What the colony's main thread is told.
 #[derive(Debug)]
@@ -154,8 +155,8 @@ impl Observer for Registry {
         }
     }
 
-    fn ended(&self, vm: VmId, status: Option<u32>, text: &str) {
-        self.end(vm, VmState::Ended { status, text: text.to_owned() });
+    fn ended(&self, vm: VmId, how: HowEnded, status: Option<u32>, text: &str) {
+        self.end(vm, VmState::Ended { how, status, text: text.to_owned() });
         self.tell(Happening::Ended(Some(vm)));
     }
 
@@ -167,7 +168,8 @@ impl Observer for Registry {
     }
 
     fn gone(&self, vm: VmId) {
-        self.end(vm, VmState::Ended { status: None, text: "its process was killed".to_owned() });
+        let text = "its process was killed".to_owned();
+        self.end(vm, VmState::Ended { how: HowEnded::Killed, status: None, text });
         self.tell(Happening::Ended(None));
     }
 

@@ -12,13 +12,18 @@ use super::http::{self, Request};
 use super::registry::{Entry, Happening};
 use super::service::{Service, Work};
 use super::{
-    CloneView, ControlError, ForkReply, ForkRequest, MOST_CLONES, Problem, StopReply, VmList, VmState,
-    VmView, lock,
+    CloneView, ControlError, ForkReply, ForkRequest, InputReply, MOST_CLONES, Problem, StopReply, VmList,
+    VmState, VmView, lock,
 };
+use crate::family::VmId;
 use crate::keeper::{Colony, ColonyError};
 
 /// How long a client may take to say what it wants.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a list may wait for VMs that are looked at.
+const LOOK_LIMIT: Duration = Duration::from_millis(500);
+/// How long console input may wait for room.
+const ROOM_LIMIT: Duration = Duration::from_secs(1);
 /// Connections served at one time.
 const MOST_CONNECTIONS: usize = 256;
 /// How long to wait where the host has no descriptor left.
@@ -94,10 +99,12 @@ fn route(service: &Service, stream: &UnixStream, request: &Request) -> Result<()
     let parts: Vec<_> = request.path.split('/').skip(1).collect();
     match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["v1", "vms"]) => {
+            service.look();
             let vms = service.registry.all().iter().map(|entry| service.view(entry)).collect();
             Ok(http::write_json(&mut out, 200, &VmList { vms })?)
         }
         ("GET", ["v1", "vms", name]) => {
+            service.look();
             let entry = service.registry.find(name)?;
             Ok(http::write_json(&mut out, 200, &service.view(&entry))?)
         }
@@ -119,6 +126,10 @@ fn route(service: &Service, stream: &UnixStream, request: &Request) -> Result<()
             // After the connection is kept: the main thread may end everything at once.
             service.registry.tell(Happening::Ended(None));
             Ok(answered?)
+        }
+        ("POST", ["v1", "vms", name, "console"]) => {
+            let accepted_bytes = service.input(name, &request.body)?;
+            Ok(http::write_json(&mut out, 200, &InputReply { accepted_bytes })?)
         }
         (_, ["v1", "vms"] | ["v1", "vms", _] | ["v1", "vms", _, "console" | "fork" | "stop"]) => {
             let detail = format!("{} cannot be done with {}", request.method, request.path);
@@ -143,6 +154,13 @@ impl Service {
             pid: (entry.state == VmState::Running).then_some(entry.pid),
             keeper_pid: std::process::id(),
             console: entry.console.path().to_owned(),
+        }
+    }
+
+    /// Finds out which guests have halted.
+    fn look(&self) {
+        if let Some(colony) = &*self.colony.read().unwrap_or_else(PoisonError::into_inner) {
+            colony.look_for_ends(LOOK_LIMIT);
         }
     }
 
@@ -173,6 +191,33 @@ impl Service {
                 result
             }
             result => result,
+        }
+    }
+
+    /// Gives a guest console input. Returns how much found room: a part at least, unless the guest reads
+    /// nothing for a while.
+    pub(super) fn input(&self, name: &str, input: &[u8]) -> Result<usize, ControlError> {
+        let entry = self.registry.find_running(name)?;
+        let given = self.give_input(entry.vm, input);
+        if given.is_err() {
+            // That it has ended says more.
+            self.registry.find_running(name)?;
+        }
+        given
+    }
+
+    fn give_input(&self, vm: VmId, input: &[u8]) -> Result<usize, ControlError> {
+        let member = self.with_colony(|colony| Ok(colony.member(vm)?))?;
+        let give = || self.with_colony(|colony| Ok(colony.console_input(vm, input)?));
+        let rooms = member.state().console_rooms;
+        let accepted = give()?;
+        if accepted > 0 || input.is_empty() {
+            return Ok(accepted);
+        }
+        match member.wait_for(ROOM_LIMIT, |state| (state.console_rooms != rooms).then_some(())) {
+            Ok(()) => give(),
+            Err(ColonyError::Silent { .. }) => Ok(0),
+            Err(error) => Err(error.into()),
         }
     }
 

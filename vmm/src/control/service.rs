@@ -17,11 +17,12 @@ use super::console::Console;
 use super::place::{Locked, Place};
 use super::registry::{Entry, Happening, Registry};
 use super::requests::accept;
+use super::terminal::{self, Over, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
-use crate::keeper::{Colony, ColonyConfig};
+use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::Irqchip;
 use crate::words::MemoryShape;
 
@@ -53,12 +54,17 @@ pub struct Outcome {
     pub signal: Option<i32>,
     /// The first VM.
     pub root: VmState,
+    /// The end of its console output, if nothing else was ever in the colony.
+    pub last_output: Option<String>,
 }
 
 /// How long a VM's end may take.
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long those who are being answered may take to read the rest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// How much of its last output a colony leaves.
+const LAST_OUTPUT_BYTES: u64 = 2048;
 
 /// What belongs to a colony in the directory of names; dropping it removes all that.
 struct Presence {
@@ -107,7 +113,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM and SIGHUP end it in order.
+    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM, SIGHUP and SIGQUIT end it in order.
     ///
     /// # Errors
     /// The name is taken, or the host refused something. Nothing is left behind.
@@ -180,6 +186,28 @@ impl Keeper {
         Ok(())
     }
 
+    /// Gives the first VM what comes from `source`, in a thread of its own. The leave key ends the colony
+    /// as SIGINT does.
+    ///
+    /// # Errors
+    /// The host has no room for a thread.
+    pub fn feed_console(&self, source: Source) -> Result<(), ControlError> {
+        let (service, name) = (Arc::clone(&self.service), self.root()?.name);
+        let run = move || {
+            let over = terminal::pump(source, |typed| {
+                let delivered = deliver(source, typed, |rest| service.input(&name, rest));
+                delivered.inspect_err(|error| tracing::debug!(%error, "console input ends")).is_ok()
+            });
+            match over {
+                Ok(Over::Left) => service.registry.tell(Happening::Signal(signal_hook::consts::SIGINT)),
+                Ok(Over::Ended) => {}
+                Err(error) => tracing::warn!(%error, "standard input cannot be read"),
+            }
+        };
+        std::thread::Builder::new().name("input".to_owned()).spawn(run)?;
+        Ok(())
+    }
+
     /// Keeps the colony until its last VM has ended, or a signal comes. `on_root_end` is told when the
     /// first VM has ended and others go on.
     ///
@@ -224,12 +252,14 @@ impl Keeper {
             }
         }
         let root = self.root()?;
+        let is_alone = self.service.registry.all().len() == 1;
+        let last_output = is_alone.then(|| root.console.tail(LAST_OUTPUT_BYTES)).transpose()?;
         let working = lock(&self.service.working);
         let rest = self.service.rested.wait_timeout_while(working, ANSWER_LIMIT, |count| *count > 0);
         drop(rest);
         drop(self.presence);
         lock(&self.service.farewells).clear();
-        Ok(Outcome { signal, root: root.state })
+        Ok(Outcome { signal, root: root.state, last_output })
     }
 }
 
@@ -334,12 +364,13 @@ impl Drop for Work {
 
 /// Signals are told to the main thread; a second one ends the process at once, and with it all VMs.
 fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
     let registry = Arc::clone(registry);
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for (seen, signal) in signals.forever().enumerate() {
             if seen > 0 {
+                terminal::restore();
                 std::process::exit(128 + signal);
             }
             registry.tell(Happening::Signal(signal));
@@ -381,9 +412,14 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
 
 fn boot(colony: &Colony, settings: &Settings) -> Result<VmId, ControlError> {
     let Some(kernel) = &settings.kernel else { return Ok(colony.boot(&settings.command_line)?) };
-    let kernel = open(kernel)?;
+    let image = open(kernel)?;
     let initrd = settings.initrd.as_deref().map(open).transpose()?;
-    Ok(colony.boot_image(&kernel, initrd.as_ref(), &settings.command_line)?)
+    match colony.boot_image(&image, initrd.as_ref(), &settings.command_line) {
+        Err(ColonyError::Refused { reason, .. }) => {
+            Err(ControlError::Kernel { path: kernel.clone(), reason })
+        }
+        booted => Ok(booted?),
+    }
 }
 
 fn open(path: &Path) -> Result<File, ControlError> {

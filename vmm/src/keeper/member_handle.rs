@@ -46,6 +46,8 @@ pub struct MemberState {
     pub troubles: Vec<String>,
     /// Console output so far.
     pub console: Vec<u8>,
+    /// How often there was room for console input again.
+    pub console_rooms: u64,
     /// The process is gone.
     pub is_gone: bool,
 }
@@ -342,9 +344,10 @@ impl MemberHandle {
                 state.finished_cuts.extend(cuts);
                 post(Job::Sweep);
             }
-            Event::Ended { status, text } => {
+            Event::Quiet => post(Job::Look { vm: self.vm() }),
+            Event::Ended { how, status, text } => {
                 if let Some(observer) = observer() {
-                    observer.ended(self.vm(), status, &text);
+                    observer.ended(self.vm(), how, status, &text);
                 }
                 state.ended = Some((status, text));
             }
@@ -352,6 +355,7 @@ impl MemberHandle {
                 tracing::warn!(vm = %self.vm(), %text, "a member is in trouble");
                 state.troubles.push(text);
             }
+            Event::ConsoleRoom => state.console_rooms += 1,
             Event::Console(bytes) => match observer() {
                 Some(observer) => observer.console(self.vm(), &bytes),
                 None => state.console.extend(bytes),
@@ -378,19 +382,31 @@ impl Asked<'_> {
         self.wait_with_descriptors().map(|(reply, _)| reply)
     }
 
+    /// As [`wait`](Self::wait), for as long as the caller likes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_within(self, limit: Duration) -> Result<Reply, ColonyError> {
+        self.wait_at_most(limit).map(|(reply, _)| reply)
+    }
+
     /// As [`wait`](Self::wait), with the descriptors that came with the answer.
     ///
     /// # Errors
     /// As there.
     pub fn wait_with_descriptors(self) -> Result<(Reply, Vec<OwnedFd>), ColonyError> {
+        self.wait_at_most(ANSWER_LIMIT)
+    }
+
+    fn wait_at_most(self, limit: Duration) -> Result<(Reply, Vec<OwnedFd>), ColonyError> {
         let vm = self.member.vm();
-        match self.answer.recv_timeout(ANSWER_LIMIT) {
+        match self.answer.recv_timeout(limit) {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(reason)) => Err(ColonyError::Refused { vm, reason }),
             Err(RecvTimeoutError::Disconnected) => Err(ColonyError::Died(vm)),
             Err(RecvTimeoutError::Timeout) => {
                 self.member.waiting().remove(&self.number);
-                Err(ColonyError::Silent { vm, seconds: ANSWER_LIMIT.as_secs() })
+                Err(ColonyError::Silent { vm, seconds: limit.as_secs() })
             }
         }
     }

@@ -93,6 +93,28 @@ fn two_hundred_stops_lose_nothing() {
 }
 
 #[test]
+fn a_stop_that_is_taken_back_stops_nothing() {
+    let kvm = kvm_or_skip!();
+    let setup = Setup::user(&kvm, guest::COUNT);
+    setup.resume();
+    for round in 0..200 {
+        setup.threads[0].request_stop();
+        if round % 2 == 0 {
+            // Whether it has followed or not.
+            std::thread::yield_now();
+        }
+        setup.threads[0].take_back_stop().expect("its thread is there");
+    }
+    let (before, start) = (setup.ram.load(counter(0)), std::time::Instant::now());
+    while setup.ram.load(counter(0)) == before {
+        assert!(start.elapsed() < PATIENCE, "it stands still");
+        std::thread::yield_now();
+    }
+    setup.stop();
+    setup.check_count();
+}
+
+#[test]
 fn a_saved_state_goes_on_in_another_vm() {
     let kvm = kvm_or_skip!();
     for vcpus in [1, 2] {

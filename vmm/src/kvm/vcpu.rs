@@ -32,88 +32,23 @@
 //! [`wait_stopped`]: VcpuThread::wait_stopped
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::error::KvmError;
 use super::kick::{self, ImmediateExit, StopSignal};
-use super::machine::Machine;
+use super::machine::{End, Machine};
 use super::poison;
+use super::rest::{Rest, VcpuWatch};
 use super::run::{Context, ExitCounters, Exits, Running};
 use super::state::VcpuState;
 use super::stats::stats;
+use super::times::TimeStamps;
+pub use super::times::{Times, monotonic_ns};
 use super::vm::Vcpu;
 use crate::words::wide;
-
-/// Moments of a vCPU's last stop and resume, in nanoseconds of `CLOCK_MONOTONIC` (the same in all
-/// processes of a host). 0: has not happened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Times {
-    /// The stop was requested.
-    pub requested_ns: u64,
-    /// The vCPU was stopped, its state clean; if it was so before the request, that moment.
-    pub stopped_ns: u64,
-    /// The resume was ordered.
-    pub resumed_ns: u64,
-    /// Right before the first `KVM_RUN` after the resume.
-    pub entered_ns: u64,
-    /// That `KVM_RUN` returned: the guest's first instruction was before this.
-    pub first_exit_ns: u64,
-}
-
-/// [`Times`], written by the vCPU's thread and its stoppers.
-#[derive(Debug, Default)]
-pub(super) struct TimeStamps {
-    requested: AtomicU64,
-    stopped: AtomicU64,
-    resumed: AtomicU64,
-    entered: AtomicU64,
-    first_exit: AtomicU64,
-}
-
-/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let [s, ns] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    s * 1_000_000_000 + ns
-}
-
-impl TimeStamps {
-    // All relaxed: each is a figure for reports. Who needs several that belong together reads them
-    // while the vCPU is stopped, ordered by the slot's lock.
-
-    pub(super) fn entering(&self) {
-        if self.entered.load(Ordering::Relaxed) == 0 {
-            self.entered.store(monotonic_ns(), Ordering::Relaxed);
-        }
-    }
-
-    pub(super) fn left(&self) {
-        if self.first_exit.load(Ordering::Relaxed) == 0 {
-            self.first_exit.store(monotonic_ns(), Ordering::Relaxed);
-        }
-    }
-
-    fn stamp(moment: &AtomicU64) {
-        moment.store(monotonic_ns(), Ordering::Relaxed);
-    }
-
-    fn read(&self) -> Times {
-        let at = |moment: &AtomicU64| moment.load(Ordering::Relaxed);
-        Times {
-            requested_ns: at(&self.requested),
-            stopped_ns: at(&self.stopped),
-            resumed_ns: at(&self.resumed),
-            entered_ns: at(&self.entered),
-            first_exit_ns: at(&self.first_exit),
-        }
-    }
-}
 
 /// How long somebody who expects a change at once looks for it awake.
 const AWAKE_LIMIT: Duration = Duration::from_micros(500);
@@ -161,7 +96,7 @@ impl Slot {
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     index: usize,
     slot: Mutex<Slot>,
     /// Order or phase has changed.
@@ -171,9 +106,19 @@ struct Shared {
     stop: StopSignal,
     times: TimeStamps,
     exits: ExitCounters,
+    /// The thread is in `KVM_RUN`, or as good as there.
+    pub(super) in_guest: AtomicBool,
 }
 
 impl Shared {
+    /// The kernel's number of the thread, while the vCPU is with it.
+    pub(super) fn running_thread(&self) -> Option<i32> {
+        match self.lock().phase {
+            Phase::Running(thread) => Some(thread),
+            Phase::Parked(_) | Phase::Gone => None,
+        }
+    }
+
     /// The slot. A panic under the lock leaves it whole: all changes are single assignments.
     fn lock(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
@@ -246,7 +191,13 @@ impl Drop for Leaving<'_> {
 /// The body of a vCPU's thread.
 fn thread(shared: &Shared, machine: &dyn Machine, vcpu: Vcpu) {
     let _leaving = Leaving(shared);
-    let context = Context { machine, stop: &shared.stop, times: &shared.times, exits: &shared.exits };
+    let context = Context {
+        machine,
+        stop: &shared.stop,
+        times: &shared.times,
+        exits: &shared.exits,
+        in_guest: &shared.in_guest,
+    };
     let mut next = shared.park(Box::new(Running::new(vcpu)), false);
     while let Some(mut running) = next {
         let end = running.run(&context);
@@ -283,6 +234,7 @@ impl VcpuThread {
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
             exits: ExitCounters::default(),
+            in_guest: AtomicBool::new(false),
         });
         // Held until the thread has parked, so that nobody signals a thread that has no number yet.
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
@@ -394,6 +346,25 @@ impl VcpuThread {
         }
     }
 
+    /// Takes a stop back, whether the vCPU has followed it or not: for one that did not stop in time, and
+    /// would do so when nobody waits for it any more.
+    ///
+    /// # Errors
+    /// Its thread is gone.
+    pub fn take_back_stop(&self) -> Result<(), KvmError> {
+        {
+            let mut slot = self.shared.lock();
+            if matches!(slot.phase, Phase::Gone) {
+                return Err(KvmError::Gone { vcpu: self.index() });
+            }
+            // Under the lock, as they are raised: the thread sees both or neither when it looks at its order.
+            slot.order = Order::Run;
+            self.shared.stop.lower();
+        }
+        self.shared.tell();
+        Ok(())
+    }
+
     /// Runs `work` on the slot of a stopped vCPU.
     fn with_stopped<R>(&self, work: impl FnOnce(&mut Slot) -> R) -> Result<R, KvmError> {
         let vcpu = self.index();
@@ -467,6 +438,28 @@ impl VcpuThread {
             open.shown_rax = rax;
             Ok(())
         })?
+    }
+
+    /// What can wake a stopped vCPU.
+    ///
+    /// # Errors
+    /// It is not stopped, or an ioctl failed.
+    pub fn rest(&self) -> Result<Rest, KvmError> {
+        self.with_vcpu(|running| Rest::of(&running.vcpu.fd))?
+    }
+
+    /// Describes a stopped vCPU, which has halted for good.
+    ///
+    /// # Errors
+    /// It is not stopped.
+    pub fn halted(&self, machine: &dyn Machine) -> Result<End, KvmError> {
+        self.with_vcpu(|running| running.halted(machine))
+    }
+
+    /// To look at it from another thread.
+    #[must_use]
+    pub fn watch(&self) -> VcpuWatch {
+        VcpuWatch(Arc::clone(&self.shared))
     }
 
     /// Whether the guest's run has ended on this vCPU.

@@ -15,7 +15,7 @@ use crate::devices::gate::HeldGate;
 use crate::frames::CutId;
 use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, resume_all, rouse_all, stop_all};
+use crate::kvm::{VcpuThread, rouse_all, stop_all};
 use crate::space::Space;
 use crate::window::{CutFiles, Window};
 
@@ -82,7 +82,7 @@ impl Member {
             Ok((snapshot, figures))
         });
         // Also after a failure: the VM goes on.
-        let resumed = if self.held.is_none() { resume_all(&self.vcpus) } else { Ok(()) };
+        let resumed = if self.held.is_none() { self.resume_vcpus() } else { Ok(()) };
         times.resumed = monotonic_ns();
         drop(held);
         let (mut snapshot, figures) = result?;

@@ -27,13 +27,16 @@ use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, Vm, close, resume_all, rouse_all, stop_all};
+use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, rouse_all, stop_all};
 use crate::space::{Access, Space, SpaceError};
 use crate::window::{Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
 pub(super) const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long they may take to be looked at: whoever waits for a page has not halted.
+const LOOK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A member process.
 pub struct Member {
@@ -60,6 +63,8 @@ pub struct Member {
     pub(super) just_reset: Option<ResetReply>,
     /// Pages pinned by order, a device's own not counted, as often as they are.
     pub(super) outside_pins: u64,
+    /// The guest has halted for good, and that was told.
+    pub(super) has_halted: bool,
 }
 
 /// What a VM has besides what its vCPUs see.
@@ -100,6 +105,7 @@ impl Member {
             prepared: None,
             just_reset: None,
             outside_pins: 0,
+            has_halted: false,
         }
     }
 
@@ -141,6 +147,7 @@ impl Member {
                 self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.refuse_reset();
                 done()
             }
+            Order::Look => self.look(),
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
             Order::Describe => Ok((Reply::Describe(Box::new(self.describe()?)), Vec::new())),
             Order::Puppet { vcpu, order } => self.put_order(vcpu, order),
@@ -346,7 +353,7 @@ impl Member {
             }
         }
         let at = monotonic_ns();
-        resume_all(&self.vcpus)?;
+        self.resume_vcpus()?;
         Ok((Reply::Running { at }, Vec::new()))
     }
 
@@ -370,9 +377,54 @@ impl Member {
             return Err(RESET_OPEN);
         }
         if !self.life()?.has_ended {
-            resume_all(&self.vcpus)?;
+            self.resume_vcpus()?;
         }
         self.held = None;
+        done()
+    }
+
+    /// Lets the vCPUs go on, those too that have not stopped yet.
+    fn go_on(&self) -> Result<(), KvmError> {
+        self.vcpus.iter().try_for_each(|vcpu| match vcpu.resume() {
+            Err(KvmError::NotStopped { .. }) => vcpu.take_back_stop(),
+            resumed => resumed,
+        })
+    }
+
+    /// As [`go_on`](Self::go_on); the watch may have seen them stand still.
+    pub(super) fn resume_vcpus(&self) -> Result<(), KvmError> {
+        let resumed = self.go_on();
+        self.machine.watch().guest_acts();
+        resumed
+    }
+
+    /// Looks whether the guest has halted for good. One that does anything is not disturbed.
+    fn look(&mut self) -> Answer {
+        let sleeps = |vcpu: &VcpuThread| vcpu.watch().doing() == Doing::Sleeps;
+        if self.life()?.has_ended || self.has_halted || self.held.is_some() || self.vcpus.is_empty() {
+            return done();
+        }
+        if !self.vcpus.iter().all(sleeps) {
+            self.machine.watch().guest_acts();
+            return done();
+        }
+        let rests = stop_all(&self.vcpus, LOOK_LIMIT)
+            .and_then(|()| self.vcpus.iter().map(VcpuThread::rest).collect::<Result<Vec<_>, _>>());
+        if let Ok(rests) = &rests
+            && Rest::is_for_good(rests)
+            && let Some(at) = rests.iter().position(|&rest| rest == Rest::Halted)
+        {
+            self.has_halted = true;
+            self.machine.ended(at, self.vcpus[at].halted(self.machine.as_ref())?);
+        }
+        // Also one that has halted: it may be cut, as any other.
+        self.go_on()?;
+        // It slept for another reason, waiting for a page perhaps: it is to be looked at again.
+        match rests {
+            Ok(rests) if !rests.contains(&Rest::Awake) => {}
+            Ok(_) | Err(KvmError::StopTimeout { .. }) => self.machine.watch().guest_acts(),
+            Err(error) => return Err(error.into()),
+        }
         done()
     }
 

@@ -1,5 +1,7 @@
 //! The machine around a member's vCPUs: devices on ports and MMIO, and the guest's calls.
 //!
+//! Console output goes to the keeper by lines; what is left of a line the [`Watch`] sends on.
+//!
 //! It exists before the VM has a role, since vCPU threads are made ahead: [`MemberMachine::live`]
 //! gives it one.
 
@@ -10,14 +12,15 @@ use std::time::Duration;
 use salp_protocol::{call, port};
 
 use super::mailbox::{Mailbox, ResetBell};
-use super::messages::{Event, Message, Progress};
+use super::messages::{Event, HowEnded, Message, Progress};
 use super::start::{is_reset, read_port};
+use super::watch::Watch;
 use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
 use crate::ipc::Channel;
 use crate::kvm::kick::{StopSignal, Woken};
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{CallOutcome, CallRegisters, End, Flow, Machine};
+use crate::kvm::{CallOutcome, CallRegisters, End, Flow, HostDescription, Machine};
 use crate::space::Space;
 use crate::window::Window;
 use crate::words::Gpa;
@@ -49,12 +52,11 @@ pub struct MemberMachine {
     /// Console output that the keeper has not got.
     line: Mutex<Vec<u8>>,
     reset_asked: ResetBell,
+    watch: Watch,
 }
 
 /// A line without an end is sent on at this length.
 const LINE_LIMIT_BYTES: usize = 256;
-/// The serial port's interrupt enable register: a driver writes it when it has nothing more to say.
-const SERIAL_ENABLE: u16 = port::SERIAL + 1;
 
 impl MemberMachine {
     /// A machine for `vcpus` vCPUs that reports to `keeper`.
@@ -69,6 +71,7 @@ impl MemberMachine {
             keeper,
             line: Mutex::default(),
             reset_asked: ResetBell::new()?,
+            watch: Watch::default(),
         })
     }
 
@@ -124,18 +127,26 @@ impl MemberMachine {
     /// Sends console output to the keeper, a line at a time.
     pub fn print(&self, bytes: &[u8]) {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_begun = line.is_empty();
         line.extend_from_slice(bytes);
         if bytes.contains(&b'\n') || line.len() >= LINE_LIMIT_BYTES {
             self.tell(Event::Console(std::mem::take(&mut line)));
+        } else if is_begun {
+            self.watch.line_begun();
         }
     }
 
     /// Sends what there is of a line, a prompt for one.
-    fn flush_line(&self) {
+    pub(super) fn flush_line(&self) {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         if !line.is_empty() {
             self.tell(Event::Console(std::mem::take(&mut line)));
         }
+    }
+
+    /// What looks after this machine.
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Reports a clone's first exit.
@@ -231,6 +242,11 @@ impl Machine for MemberMachine {
         {
             read_port(port, data);
         }
+        if let Some(live) = self.live.get()
+            && live.bus().serial.take_room()
+        {
+            self.tell(Event::ConsoleRoom);
+        }
     }
 
     fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
@@ -238,9 +254,6 @@ impl Machine for MemberMachine {
         let Some(live) = self.live.get() else { return Flow::Continue };
         if live.bus().port_write(port, data) == Claim::Nobody && is_reset(port, data) {
             return Flow::Reset;
-        }
-        if port == SERIAL_ENABLE {
-            self.flush_line();
         }
         match live.bus().exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
@@ -316,15 +329,25 @@ impl Machine for MemberMachine {
         }
     }
 
+    fn entering(&self) {
+        self.watch.guest_acts();
+    }
+
     fn ended(&self, vcpu: usize, end: End) {
         self.mark_exit();
         self.flush_line();
-        let status = match &end {
-            End::Exit(status) => Some(*status),
-            End::Reset => Some(0),
-            _ => None,
+        let (how, status) = match &end {
+            End::Exit(status) => (HowEnded::Exited, Some(*status)),
+            End::Reset => (HowEnded::Reset, Some(0)),
+            End::HaltedForGood(_) => (HowEnded::Halted, None),
+            _ => (HowEnded::Crashed, None),
         };
-        self.tell(Event::Ended { status, text: format!("vcpu {vcpu}: {end}") });
+        let mut text = format!("vcpu {vcpu}: {end}");
+        if let Some(advice) = end.advice(HostDescription::read().kind) {
+            text.push_str("\n  ");
+            text.push_str(advice);
+        }
+        self.tell(Event::Ended { how, status, text });
     }
 
     fn read_memory(&self, gpa: Gpa, bytes: &mut [u8]) -> bool {

@@ -167,6 +167,8 @@ pub enum Order {
         /// Which vCPU asked.
         vcpu: usize,
     },
+    /// Look whether the guest has halted for good; [`Event::Ended`] comes before the answer then.
+    Look,
     /// Say what the VM's memory is.
     Harvest,
     /// Say what the VM and its process have done.
@@ -237,6 +239,7 @@ impl Order {
                 | Self::Publish { .. }
                 | Self::ResolveKnown
                 | Self::Quiesce
+                | Self::Look
                 | Self::Harvest
                 | Self::Describe
         )
@@ -396,6 +399,22 @@ pub struct Progress {
     pub is_finished: bool,
 }
 
+/// The ways in which a guest's run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HowEnded {
+    /// It wrote its status to the exit port.
+    Exited,
+    /// It has reset its machine.
+    Reset,
+    /// It has halted, and nothing can wake it.
+    Halted,
+    /// It did what its machine cannot go on from: a triple fault, an instruction that KVM does not know.
+    Crashed,
+    /// Its process is gone; this its keeper says.
+    Killed,
+}
+
 /// What a member says unasked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Event {
@@ -438,8 +457,12 @@ pub enum Event {
     },
     /// Nothing is pending any more in these cuts.
     CutsFinished(Vec<CutId>),
+    /// The guest has done nothing for a while and sleeps: it may have halted.
+    Quiet,
     /// The guest's run has ended.
     Ended {
+        /// In which way.
+        how: HowEnded,
         /// Its exit status, if it gave one.
         status: Option<u32>,
         /// What happened.
@@ -449,6 +472,8 @@ pub enum Event {
     Trouble(String),
     /// Console output.
     Console(Vec<u8>),
+    /// Console input was refused, and there is room again.
+    ConsoleRoom,
 }
 
 /// A request with its number.

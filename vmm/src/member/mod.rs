@@ -14,6 +14,7 @@
 //! | [`start`] | what a first VM starts with: the built-in guest, or another kernel |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
+//! | `watch` | sends parts of console lines on, notices a guest that may have halted |
 //! | [`life`], `cutting` | a VM from its role to its end; a cut of it |
 //! | `wiring` | interrupt lines and console |
 //!
@@ -32,6 +33,7 @@ pub mod services;
 pub mod shell;
 mod start;
 pub mod thread_guest;
+mod watch;
 mod wiring;
 
 use std::os::fd::{AsFd as _, RawFd};

@@ -17,7 +17,7 @@ use super::mailbox::ResetBell;
 use super::messages::{Event, Reply, ResetReply, ResetTimes};
 use crate::ipc::Channel;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{resume_all, rouse_all, stop_all};
+use crate::kvm::{rouse_all, stop_all};
 use crate::space::SpaceError;
 
 impl Member {
@@ -78,7 +78,7 @@ impl Member {
         }
         if let Err(error) = stop_all(&self.vcpus, STOP_LIMIT) {
             if self.held.is_none() {
-                resume_all(&self.vcpus)?;
+                self.resume_vcpus()?;
             }
             return Err(error.into());
         }
@@ -123,6 +123,7 @@ impl Member {
         self.prepared = None;
         self.held = None;
         self.is_at_origin = true;
+        self.has_halted = false;
         self.go()?;
         times.resumed = monotonic_ns();
         self.begin_as_clone(&snapshot)?;

@@ -12,6 +12,7 @@ use super::MemberError;
 use super::machine::MemberMachine;
 use super::messages::{Event, GuestKind, Setup};
 use super::services::Services;
+use super::watch;
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
@@ -125,6 +126,9 @@ impl Shell {
             }
             GuestKind::Thread => (None, Vec::new()),
         };
+        if !vcpus.is_empty() {
+            watch::start(&machine, &vcpus).map_err(MemberError::Window)?;
+        }
         let space = Space::unused(window, board.clone(), setup.slot, setup.memory);
         let (space, files) = (Arc::new(space), Arc::new(files));
         // One more than can wait for another process at one time, and one for the devices.

@@ -12,7 +12,7 @@ use salp_protocol::{call, order};
 
 use super::machine::{Live, MemberMachine};
 use super::mailbox::Mailbox;
-use super::messages::{Event, PuppetOrder};
+use super::messages::{Event, HowEnded, PuppetOrder};
 use crate::space::SpaceError;
 use crate::words::{Gpa, PAGE_BYTES, index};
 
@@ -62,7 +62,11 @@ fn run(machine: &MemberMachine, stop: &AtomicBool) {
             let result = match guest.obey(&order) {
                 Ok(result) => result,
                 Err(error) => {
-                    machine.tell(Event::Ended { status: None, text: error.to_string() });
+                    machine.tell(Event::Ended {
+                        how: HowEnded::Crashed,
+                        status: None,
+                        text: error.to_string(),
+                    });
                     return;
                 }
             };
