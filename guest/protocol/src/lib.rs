@@ -132,4 +132,8 @@ pub mod order {
     pub const RUN_AND_WRITE: u64 = 12;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
+    /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`
+    /// bytes apart, for k = 1, 2, ...; look for the next order after each `rsi` rounds, as in [`COUNT`].
+    /// Result: the last k.
+    pub const COUNT_STRIDE: u64 = 14;
 }

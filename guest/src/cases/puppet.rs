@@ -46,6 +46,7 @@ fn obey(order: u64, operands: Arguments) -> u64 {
         }
         order::DMA_READ => read_register(rdi),
         order::COUNT => count(rdi, rsi, rdx),
+        order::COUNT_STRIDE => count_stride(rdi, rsi, rdx, r8),
         order::FORK => call::fork().unwrap_or(calls::FAILED),
         order::RUN_AND_WRITE => run_and_write(rdi, rsi),
         order::QUIT => call::exit(rdi as u32),
@@ -102,6 +103,20 @@ fn count(first: u64, second: u64, every: u64) -> u64 {
         k += 1;
         store64(first, k);
         store64(second, k);
+        if k % every.max(1) == 0 && call::progress(Arguments { rdi: k, ..Arguments::default() }) {
+            return k;
+        }
+    }
+}
+
+/// Goes over pages until the host has the next order.
+fn count_stride(first: u64, every: u64, pages: u64, stride: u64) -> u64 {
+    let mut k = 0;
+    loop {
+        k += 1;
+        for i in 0..pages {
+            store64(first.wrapping_add(i.wrapping_mul(stride)), k);
+        }
         if k % every.max(1) == 0 && call::progress(Arguments { rdi: k, ..Arguments::default() }) {
             return k;
         }

@@ -25,6 +25,15 @@ pub enum Unit {
     /// Mebibytes a second.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
+    /// Kibibytes.
+    #[serde(rename = "KiB")]
+    Kibibytes,
+    /// Hundredths of what it is compared with.
+    #[serde(rename = "%")]
+    Percent,
+    /// A number of things.
+    #[serde(rename = "count")]
+    Count,
 }
 
 impl Unit {
@@ -33,6 +42,9 @@ impl Unit {
             Self::Microseconds => "us",
             Self::MicrosecondsPerPage => "us/page",
             Self::MebibytesPerSecond => "MiB/s",
+            Self::Kibibytes => "KiB",
+            Self::Percent => "%",
+            Self::Count => "count",
         }
     }
 }
