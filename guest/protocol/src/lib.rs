@@ -133,7 +133,7 @@ pub mod order {
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
     /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`
-    /// bytes apart, for k = 1, 2, ...; look for the next order after each `rsi` rounds, as in [`COUNT`].
-    /// Result: the last k.
+    /// bytes apart, for k = 1, 2, ...; look for the next order after each `rsi` stores, as in [`COUNT`],
+    /// and report their number. Result: that number.
     pub const COUNT_STRIDE: u64 = 14;
 }

@@ -111,14 +111,18 @@ fn count(first: u64, second: u64, every: u64) -> u64 {
 
 /// Goes over pages until the host has the next order.
 fn count_stride(first: u64, every: u64, pages: u64, stride: u64) -> u64 {
-    let mut k = 0;
+    let (mut round, mut stores, mut next) = (0, 0, every.max(1));
     loop {
-        k += 1;
+        round += 1;
         for i in 0..pages {
-            store64(first.wrapping_add(i.wrapping_mul(stride)), k);
-        }
-        if k % every.max(1) == 0 && call::progress(Arguments { rdi: k, ..Arguments::default() }) {
-            return k;
+            store64(first.wrapping_add(i.wrapping_mul(stride)), round);
+            stores += 1;
+            if stores == next {
+                next += every.max(1);
+                if call::progress(Arguments { rdi: stores, ..Arguments::default() }) {
+                    return stores;
+                }
+            }
         }
     }
 }

@@ -141,10 +141,16 @@ fn mappings_of(process: u32) -> usize {
 /// The host's available memory once it no longer moves, or after [`LIMIT`].
 fn steady_available_bytes() -> u64 {
     let deadline = Instant::now() + LIMIT;
-    let mut last = available_memory_bytes().unwrap_or(0);
+    let available = || {
+        // The counters of all processors are added up: else some lag behind by a second (proc(5)). Only
+        // root may, and without it the figures are a little less exact.
+        let _ = std::fs::write("/proc/sys/vm/stat_refresh", "1");
+        available_memory_bytes().unwrap_or(0)
+    };
+    let mut last = available();
     loop {
         std::thread::sleep(PAUSE);
-        let now = available_memory_bytes().unwrap_or(0);
+        let now = available();
         if now.abs_diff(last) < STEADY_BYTES || Instant::now() >= deadline {
             return now;
         }

@@ -108,6 +108,10 @@ impl Bench<'_> {
             }
         }
         add("pause", times.pause_us);
+        if which == Benchmark::Fork {
+            // Beside the source's resume, and so in the call only.
+            add("stage.hop_to_keeper", times.stages_us.hop_to_keeper);
+        }
         for (name, us) in times.stages_us.named() {
             if which == Benchmark::Fork || PAUSE_STAGES.contains(&name) {
                 add(&format!("stage.{name}"), us);

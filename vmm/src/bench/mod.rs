@@ -15,6 +15,7 @@
 //! | `source` | the colony that forks |
 //! | [`work`] | the guest work that all subjects do |
 //! | [`report`] | records, percentiles, JSON, CSV, table |
+//! | [`html`] | the same as a page with plots |
 //!
 //! # How it measures
 //! Before a cell (one size and kind of pages) the memory that it will use is touched and freed: where
@@ -67,6 +68,7 @@ pub mod baseline;
 mod burst;
 mod chain;
 mod density;
+pub mod html;
 mod latency;
 pub mod measure;
 mod pins;

@@ -235,9 +235,16 @@ impl PlainVm {
         self.guest.order(&self.memory, order)
     }
 
-    /// Has the guest go over pages until `deadline_ns` of `CLOCK_MONOTONIC`; returns its rounds.
-    pub(super) fn count_until(&mut self, order: PuppetOrder, deadline_ns: u64) -> Result<u64, BenchError> {
-        self.guest.count_until(&self.memory, order, deadline_ns)
+    /// Has the guest go over pages until `deadline_ns` of `CLOCK_MONOTONIC`; returns how many stores
+    /// it has made for each second from `begin_ns` on.
+    pub(super) fn stores_per_second(
+        &mut self,
+        order: PuppetOrder,
+        begin_ns: u64,
+        deadline_ns: u64,
+    ) -> Result<f64, BenchError> {
+        let stores = self.guest.count_until(&self.memory, order, deadline_ns)?;
+        Ok(stores as f64 * 1e9 / (monotonic_ns() - begin_ns).max(1) as f64)
     }
 }
 
@@ -276,11 +283,11 @@ impl Guest {
     }
 
     /// Runs until the guest asks for its next order, which it is told to do at its first report after
-    /// `deadline_ns`. Returns the rounds of the last report.
+    /// `deadline_ns`. Returns the count of its last report.
     fn run_until(&mut self, deadline_ns: u64) -> Result<u64, BenchError> {
         let Some((vcpu, _)) = &mut self.0 else { return Ok(0) };
         let fd = vcpu.fd_mut();
-        let mut rounds = 0;
+        let mut count = 0;
         loop {
             let number = match fd.run() {
                 Ok(VcpuExit::IoOut(port::CALL, &[a, b, c, d])) => u32::from_le_bytes([a, b, c, d]),
@@ -298,10 +305,10 @@ impl Guest {
             fd.set_kvm_immediate_exit(0);
             let mut regs = fd.get_regs().map_err(kvm_failed)?;
             regs.rax = match number {
-                call::NEXT => return Ok(rounds),
+                call::NEXT => return Ok(count),
                 call::WHO => FIRST_VM,
                 call::PROGRESS => {
-                    rounds = regs.rdi;
+                    count = regs.rdi;
                     u64::from(monotonic_ns() >= deadline_ns)
                 }
                 other => return Err(BenchError::Baseline(format!("the guest makes call {other}"))),
@@ -318,14 +325,14 @@ impl Guest {
     ) -> Result<u64, BenchError> {
         if self.0.is_none() {
             let PuppetOrder { a, b, c, d, .. } = order;
-            let mut rounds = 0;
+            let mut stores = 0;
             while monotonic_ns() < deadline_ns {
                 for _ in 0..b {
-                    rounds += 1;
-                    (0..c).try_for_each(|page| memory.store(a + page * d, rounds))?;
+                    memory.store(a + stores % c * d, stores / c + 1)?;
+                    stores += 1;
                 }
             }
-            return Ok(rounds);
+            return Ok(stores);
         }
         self.give(order)?;
         self.run_until(deadline_ns)

@@ -22,10 +22,10 @@ impl Bench<'_> {
     /// The benchmark `publish`.
     pub(super) fn publish(&mut self, cell: &Cell<'_>) -> Result<(), BenchError> {
         self.publish_rate(cell)?;
-        for from in ["first", "clone"] {
+        for is_clone in [false, true] {
+            let params = with(&cell.params(), "source", if is_clone { "clone" } else { "first" });
             for dirty in DIRTY_IN_LEAF {
-                let params = with(&cell.params(), "source", from);
-                self.publish_bytes(cell, from == "clone", dirty, &with(&params, "dirty_in_leaf", dirty))?;
+                self.publish_bytes(cell, is_clone, dirty, &with(&params, "dirty_in_leaf", dirty))?;
             }
         }
         Ok(())
@@ -66,8 +66,7 @@ impl Bench<'_> {
         }
     }
 
-    /// Memory that the arena takes for a few dirty pages in each of some leaves, of a source whose
-    /// memory is its own or lies in the arena.
+    /// Memory that the arena takes for a few dirty pages in each of some leaves.
     fn publish_bytes(
         &mut self,
         cell: &Cell<'_>,
@@ -76,32 +75,45 @@ impl Bench<'_> {
         params: &Params,
     ) -> Result<(), BenchError> {
         let Some(run) = whole_leaves(&free_runs(cell.memory, u64::MAX)) else { return Ok(()) };
-        let leaf_pages = wide(LEAF_PAGES);
-        let leaves = (run.pages / leaf_pages).min(LEAVES);
+        let leaves = run.leaves().min(LEAVES);
         for counts in self.runs(COUNTED_RUNS) {
             self.check_interrupt()?;
-            let source = self.source_with(cell, Publishing::WhenAsked, Keep::Own, 2)?;
-            let vm = if is_clone {
-                source.dirty(source.root, &[run.part(0, leaves * leaf_pages)], self.next_value())?;
-                source.cloned_from_root()?
-            } else {
-                source.root
-            };
-            let value = self.next_value();
-            let parts = (0..leaves).map(|leaf| run.part(leaf * leaf_pages, (leaf + 1) * leaf_pages));
-            for part in parts {
-                source.order_store(vm, part.store_scattered(dirty, value))?;
-            }
-            let (_, bytes) = publish_now(&source, vm)?;
+            // What the guest writes for itself is published too.
+            let own = self.bytes_for(cell, is_clone, &run.part(0, leaves * wide(LEAF_PAGES)), 0)?;
+            let all = self.bytes_for(cell, is_clone, &run.part(0, leaves * wide(LEAF_PAGES)), dirty)?;
             if counts {
-                // Of the leaves that the guest itself writes there is a handful: they count too.
-                self.add("published_leaf", params, Unit::Kibibytes, bytes / 1024.0 / leaves as f64);
-                let pages = (leaves * dirty) as f64;
-                self.add("published_page", params, Unit::Kibibytes, bytes / 1024.0 / pages);
+                let kib = (all - own) / 1024.0;
+                self.add("published_leaf", params, Unit::Kibibytes, kib / leaves as f64);
+                self.add("published_page", params, Unit::Kibibytes, kib / (leaves * dirty) as f64);
             }
             self.tick();
         }
         Ok(())
+    }
+
+    /// Bytes by which the arena grows for so many dirty pages in each leaf of `run`, of a source whose
+    /// memory is its own, or lies in the arena.
+    fn bytes_for(
+        &mut self,
+        cell: &Cell<'_>,
+        is_clone: bool,
+        run: &PageRun,
+        dirty: u64,
+    ) -> Result<f64, BenchError> {
+        let source = self.source_with(cell, Publishing::WhenAsked, Keep::Own, 2)?;
+        let vm = if is_clone {
+            source.dirty(source.root, &[*run], self.next_value())?;
+            source.cloned_from_root()?
+        } else {
+            source.root
+        };
+        let value = self.next_value();
+        let leaf_pages = wide(LEAF_PAGES);
+        for leaf in (0..run.leaves()).filter(|_| dirty > 0) {
+            let part = run.part(leaf * leaf_pages, (leaf + 1) * leaf_pages);
+            source.order_store(vm, part.store_scattered(dirty, value))?;
+        }
+        Ok(publish_now(&source, vm)?.1)
     }
 }
 

@@ -2,7 +2,7 @@
 //! fork, against the window before. The work is a walk over all memory that stores to each page: after
 //! a fork the first store to each is the dear one.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::BenchError;
 use super::baseline::Method;
@@ -13,8 +13,8 @@ use super::work::{PageRun, free_runs};
 use crate::family::VmId;
 use crate::member::messages::PuppetOrder;
 
-/// Stores between two exits: a millisecond or so.
-const STORES: u64 = 1 << 17;
+/// Stores between two exits: some 100 us of a walk that nothing traps.
+const STORES: u64 = 1 << 13;
 /// Each takes two windows for each subject.
 const RUNS: u32 = 5;
 
@@ -43,9 +43,9 @@ impl Bench<'_> {
                 if let Some(baselines) = &mut baselines {
                     let window_ns = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX);
                     for method in &methods {
-                        let rounds = baselines.throughput(*method, run.walk(STORES), window_ns)?;
+                        let rates = baselines.throughput(*method, run.walk(STORES), window_ns)?;
                         if counts {
-                            let (name, share) = (method.name(), percent(rounds));
+                            let (name, share) = (method.name(), percent(rates));
                             self.samples.add("source_throughput", name, &params, Unit::Percent, share);
                         }
                     }
@@ -60,19 +60,25 @@ impl Bench<'_> {
 fn throughput_of_salp(source: &Source, run: PageRun, window: Duration) -> Result<f64, BenchError> {
     source.settle()?;
     source.start_walking(source.root, run.walk(STORES))?;
-    let begin = source.rounds(source.root)?;
-    std::thread::sleep(window);
-    let middle = source.rounds(source.root)?;
-    let deadline = std::time::Instant::now() + window;
+    let before = {
+        let (begin, stores) = (Instant::now(), source.rounds(source.root)?);
+        std::thread::sleep(window);
+        rate(begin, source.rounds(source.root)? - stores)
+    };
+    let (begin, stores) = (Instant::now(), source.rounds(source.root)?);
     let forked = source.fork_now(source.root, 1)?;
-    let clone = forked.clones[0].vm;
     // It walks as its source does: the baselines' clones wait, and so shall this one.
-    still(source, clone)?;
-    std::thread::sleep(deadline.saturating_duration_since(std::time::Instant::now()));
-    let end = source.rounds(source.root)?;
+    still(source, forked.clones[0].vm)?;
+    std::thread::sleep(window.saturating_sub(begin.elapsed()));
+    let after = rate(begin, source.rounds(source.root)? - stores);
     source.stop_counting(source.root)?;
     source.end_clones(&forked)?;
-    Ok(percent([middle - begin, end - middle]))
+    Ok(percent([before, after]))
+}
+
+/// For each second since `begin`.
+fn rate(begin: Instant, stores: u64) -> f64 {
+    stores as f64 / begin.elapsed().as_secs_f64()
 }
 
 /// Has a VM end its walk.
@@ -83,6 +89,6 @@ fn still(source: &Source, vm: VmId) -> Result<(), BenchError> {
 }
 
 /// Of the second to the first.
-fn percent([before, after]: [u64; 2]) -> f64 {
-    after as f64 * 100.0 / before.max(1) as f64
+fn percent([before, after]: [f64; 2]) -> f64 {
+    if before > 0.0 { after * 100.0 / before } else { 0.0 }
 }

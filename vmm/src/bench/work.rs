@@ -52,19 +52,17 @@ impl PageRun {
         PuppetOrder { c: count.min(self.pages), d: stride, ..self.store(value) }
     }
 
-    /// The order that goes over the pages until there is another, looking for it about once in
-    /// `stores` stores.
+    /// The order that goes over the pages until there is another, looking for it once in `stores`
+    /// stores.
     #[must_use]
     pub fn walk(&self, stores: u64) -> PuppetOrder {
-        let rounds = (stores / self.pages.max(1)).max(1);
-        PuppetOrder { order: order::COUNT_STRIDE, b: rounds, ..self.store(0) }
+        PuppetOrder { order: order::COUNT_STRIDE, b: stores, ..self.store(0) }
     }
 
     /// The same over one page of each leaf.
     #[must_use]
     pub fn walk_leaves(&self, leaves: u64, stores: u64) -> PuppetOrder {
-        let c = leaves.min(self.leaves());
-        PuppetOrder { b: (stores / c.max(1)).max(1), c, d: wide(LEAF_BYTES), ..self.walk(stores) }
+        PuppetOrder { c: leaves.min(self.leaves()), d: wide(LEAF_BYTES), ..self.walk(stores) }
     }
 
     /// The pages `[from, to)` of this run.
@@ -260,7 +258,8 @@ mod tests {
         assert_eq!(last(first.order()) + 8, run.start + (1 << 20));
         assert!(first.check(3 * 256).is_ok() && first.check(3).is_err());
         assert_eq!((run.leaves(), last(run.store_once_a_leaf(1)) < end), (3, true));
-        assert_eq!((run.walk(1 << 20).b, run.walk_leaves(64, 3000).c), (806, 3));
+        assert_eq!((run.walk(3000).c, run.walk_leaves(64, 3000).c), (1300, 3));
+        assert!(last(run.walk(9)) < end && last(run.walk_leaves(64, 9)) < end);
         assert_eq!(FirstRead::of(&[], 3), None);
     }
 

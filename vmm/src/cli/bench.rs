@@ -7,12 +7,12 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use thiserror::Error;
 
-use super::interrupt::{self, Interrupt};
 use super::display::Display;
+use super::interrupt::{self, Interrupt};
 use super::memory::BUILTIN_LEAST_BYTES;
 use super::size;
 use crate::bench::baseline::Method;
-use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, report};
+use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, html, report};
 use crate::member::messages::GuestKind;
 use crate::words::{MemoryShape, MemoryShapeError};
 
@@ -66,6 +66,9 @@ pub struct BenchArguments {
     /// Write a report with plots to this file: HTML, nothing outside of it is needed
     #[arg(long)]
     report: Option<PathBuf>,
+    /// Measure nothing: take the records from a file that `--json` has written
+    #[arg(long)]
+    from: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -150,6 +153,14 @@ pub enum BenchCommandError {
     /// This program's own path, or signals.
     #[error("{0}")]
     Host(std::io::Error),
+    /// A file of records.
+    #[error("{path} cannot be read: {source}")]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A file.
     #[error("{path} cannot be written: {source}")]
     File {
@@ -165,6 +176,12 @@ pub enum BenchCommandError {
 /// # Errors
 /// What kept it from measuring.
 pub fn run(arguments: &BenchArguments) -> Result<ExitCode, BenchCommandError> {
+    if let Some(path) = &arguments.from {
+        let unreadable = |source| BenchCommandError::Unreadable { path: path.clone(), source };
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let (records, host) = report::from_json(&text).map_err(|error| unreadable(error.into()))?;
+        return publish(arguments, &Findings { records, host }).map(|()| ExitCode::SUCCESS);
+    }
     let interrupt = Interrupt::watch().map_err(BenchCommandError::Host)?;
     let mut memory = arguments.memory.iter().map(|bytes| shape(*bytes)).collect::<Result<Vec<_>, _>>()?;
     memory.sort_by_key(|(shape, _)| shape.ram_bytes());
@@ -216,6 +233,9 @@ fn publish(arguments: &BenchArguments, findings: &Findings) -> Result<(), BenchC
     }
     if let Some(path) = &arguments.csv {
         write(path, report::csv(&findings.records))?;
+    }
+    if let Some(path) = &arguments.report {
+        write(path, html::page(findings))?;
     }
     let mut out = std::io::stdout().lock();
     let text = format!("{}\nhost: {}\n", report::table(&findings.records), findings.host);

@@ -129,8 +129,10 @@ impl Guest<'_> {
                 self.store(a, &u64::to_le_bytes(k))?;
                 self.store(b, &u64::to_le_bytes(k))
             }),
-            order::COUNT_STRIDE => self
-                .count(b, |k| (0..c).try_fold(0, |_, page| self.store(a + page * d, &u64::to_le_bytes(k)))),
+            order::COUNT_STRIDE => self.count(b, |k| {
+                let (round, page) = ((k - 1) / c.max(1) + 1, (k - 1) % c.max(1));
+                self.store(a + page * d, &u64::to_le_bytes(round))
+            }),
             order::FORK => Ok(self.fork()),
             _ => Ok(call::FAILED),
         }

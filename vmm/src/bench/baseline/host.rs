@@ -114,7 +114,7 @@ impl BaselineHost {
                 Ok(Answer::Done)
             }
             Request::Throughput { method, order, window_ns } => {
-                self.throughput(method, order, window_ns).map(Answer::Rounds)
+                self.throughput(method, order, window_ns).map(Answer::Rates)
             }
             Request::Pwrite { runs } => {
                 let file = memfd()?;
@@ -174,35 +174,32 @@ impl BaselineHost {
         method: Method,
         order: PuppetOrder,
         window_ns: u64,
-    ) -> Result<[u64; 2], BenchError> {
-        let source = self.source()?;
-        let before = source.count_until(order, monotonic_ns() + window_ns)?;
-        let deadline = monotonic_ns() + window_ns;
-        let after = match method {
-            Method::FullCopy => {
-                let memory = self.memory()?;
-                let clone = PlainVm::shell(self.kvm.as_ref(), memory)?;
-                // The clone was made ready before.
-                let deadline = monotonic_ns() + window_ns;
+    ) -> Result<[f64; 2], BenchError> {
+        let begin = monotonic_ns();
+        let before = self.source()?.stores_per_second(order, begin, begin + window_ns)?;
+        // What a full copy is made to is there before.
+        let clone = match method {
+            Method::FullCopy => Some(PlainVm::shell(self.kvm.as_ref(), self.memory()?)?),
+            Method::ProcessFork | Method::StaticTemplate | Method::Snapshot => None,
+        };
+        let begin = monotonic_ns();
+        let mut held = None;
+        match (method, &clone) {
+            (Method::FullCopy, Some(clone)) => {
                 let source = self.source()?;
                 let state = source.guest.save()?;
                 clone.memory.copy_from(&source.memory)?;
                 clone.guest.set(&state)?;
-                source.count_until(order, deadline)?
             }
-            Method::ProcessFork => {
-                let held = Held::fork_off(self, super::Crowd::ProcessFork, 1, None)?;
-                let after = self.source()?.count_until(order, deadline)?;
-                // Lives until here.
-                drop(held);
-                after
+            (Method::ProcessFork, _) => {
+                held = Some(Held::fork_off(self, super::Crowd::ProcessFork, 1, None)?)
             }
-            Method::Snapshot => {
-                self.take_snapshot()?;
-                self.source()?.count_until(order, deadline)?
-            }
-            Method::StaticTemplate => self.source()?.count_until(order, deadline)?,
-        };
+            (Method::Snapshot, _) => drop(self.take_snapshot()?),
+            (Method::StaticTemplate | Method::FullCopy, _) => {}
+        }
+        let after = self.source()?.stores_per_second(order, begin, begin + window_ns)?;
+        // The clones live until here.
+        drop((held, clone));
         Ok([before, after])
     }
 }

@@ -208,8 +208,8 @@ impl Baselines {
         }
     }
 
-    /// Rounds of `order` that the source does in `window_ns`, and in the same time from the moment on
-    /// at which a clone is asked for. Making a clone of a template disturbs nobody: none is made.
+    /// Stores a second of `order` that the source makes in `window_ns`, and from the moment on at
+    /// which a clone is asked for. Making a clone of a template disturbs nobody: none is made.
     ///
     /// # Errors
     /// There was no clone.
@@ -218,8 +218,8 @@ impl Baselines {
         method: Method,
         order: PuppetOrder,
         window_ns: u64,
-    ) -> Result<[u64; 2], BenchError> {
-        self.source.ask(&Request::Throughput { method, order, window_ns })?.rounds()
+    ) -> Result<[f64; 2], BenchError> {
+        self.source.ask(&Request::Throughput { method, order, window_ns })?.rates()
     }
 
     /// Writes pages to a fresh file of 4 KiB pages in memory; returns how long it took, in nanoseconds.

@@ -48,7 +48,7 @@ pub(super) enum Request {
     Activate { order: PuppetOrder },
     /// Let them go.
     Release,
-    /// Count rounds before and after a fork.
+    /// Count stores before and after a fork.
     Throughput { method: Method, order: PuppetOrder, window_ns: u64 },
     /// Write the pages to a fresh memfd of 4 KiB pages.
     Pwrite { runs: Vec<PageRun> },
@@ -60,7 +60,7 @@ pub(super) enum Answer {
     Cloned(Outcome),
     Snapshotted(Snapshotted),
     Held(Burst),
-    Rounds([u64; 2]),
+    Rates([f64; 2]),
     Took { ns: u64 },
     Failed(String),
 }
@@ -131,9 +131,9 @@ impl Answer {
         }
     }
 
-    pub(super) fn rounds(self) -> Result<[u64; 2], BenchError> {
+    pub(super) fn rates(self) -> Result<[f64; 2], BenchError> {
         match self {
-            Self::Rounds(rounds) => Ok(rounds),
+            Self::Rates(rates) => Ok(rates),
             other => Err(other.unexpected()),
         }
     }
