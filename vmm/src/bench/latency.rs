@@ -37,7 +37,7 @@ impl Bench<'_> {
             let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
             let has_baselines = has_baselines && !methods.is_empty();
             let mut baselines = has_baselines.then(|| self.baselines(cell)).transpose()?;
-            for counts in self.runs(u32::MAX) {
+            for counts in self.runs(Self::most_runs(cell)) {
                 self.check_interrupt()?;
                 if let Some(source) = &source {
                     self.forks_of_salp(source, &case, counts)?;

@@ -17,6 +17,8 @@ use crate::words::MemoryShape;
 
 /// Up to so many bytes of memory all subjects are measured, in turns. Above, salp and then `fork()`.
 const IN_TURNS_BYTES: u64 = 2 << 30;
+/// Runs above that.
+const LARGE_RUNS: u32 = 5;
 /// What `available` memory must be left over, in bytes.
 const SPARE_BYTES: u64 = 1 << 30;
 
@@ -56,6 +58,7 @@ pub struct Bench<'a> {
     pub(super) plan: &'a Plan<'a>,
     pub(super) samples: Samples,
     arenas: BTreeSet<String>,
+    skipped: Vec<String>,
     /// Changes with every write, so that no old value passes for a new one.
     value: u64,
 }
@@ -64,7 +67,7 @@ impl<'a> Bench<'a> {
     /// Nothing measured yet.
     #[must_use]
     pub fn new(plan: &'a Plan<'a>) -> Self {
-        Self { plan, samples: Samples::default(), arenas: BTreeSet::new(), value: 1 }
+        Self { plan, samples: Samples::default(), arenas: BTreeSet::new(), skipped: Vec::new(), value: 1 }
     }
 
     /// All that was measured.
@@ -79,6 +82,12 @@ impl<'a> Bench<'a> {
         self.arenas.iter().cloned().collect()
     }
 
+    /// What did not fit into the host's memory.
+    #[must_use]
+    pub fn skipped(&self) -> &[String] {
+        &self.skipped
+    }
+
     /// Measures one benchmark in all its cells.
     ///
     /// # Errors
@@ -91,7 +100,15 @@ impl<'a> Bench<'a> {
                 let huge = if *is_huge { "on" } else { "off" };
                 let title = format!("{}, memory {name}, huge {huge}", benchmark.name());
                 (plan.progress)(Progress::Cell(&title));
-                self.warm_up(&cell)?;
+                match self.warm_up(&cell) {
+                    Err(error @ BenchError::TooMuch { .. }) if plan.memory.len() > 1 => {
+                        let text = format!("{title}: {error}");
+                        (plan.progress)(Progress::Skipped(&text));
+                        self.skipped.push(text);
+                        continue;
+                    }
+                    other => other?,
+                }
                 match benchmark {
                     Benchmark::Fork | Benchmark::Pause => {
                         plan.dirty.iter().try_for_each(|dirty| self.fork(&cell, *dirty, benchmark))?;
@@ -167,6 +184,11 @@ impl<'a> Bench<'a> {
     pub(super) fn next_value(&mut self) -> u64 {
         self.value += 2;
         self.value
+    }
+
+    /// Runs that count at most: large memories take long.
+    pub(super) fn most_runs(cell: &Cell<'_>) -> u32 {
+        if cell.is_in_turns() { u32::MAX } else { LARGE_RUNS }
     }
 
     /// The warm-up run, then those that count, at most `limit`: says whether this one does.

@@ -222,10 +222,14 @@ const ONE_SIZE_BYTES: u64 = 512 << 20;
 /// How far a benchmark is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress<'a> {
+    /// So many cells (a benchmark with a size and kind of pages) there will be.
+    Begin(usize),
     /// A benchmark begins with a size and kind of pages.
     Cell(&'a str),
     /// One run of all its subjects is done.
     Run,
+    /// It does not fit into the host's memory beside others that do.
+    Skipped(&'a str),
 }
 
 /// How much of its memory a source writes before each fork.
@@ -309,12 +313,16 @@ pub struct Findings {
 /// # Errors
 /// The first thing that failed: there are no partial findings.
 pub fn run(plan: &Plan<'_>) -> Result<Findings, BenchError> {
+    let cells = plan.benchmarks.iter().map(|benchmark| benchmark.sizes(&plan.memory).len() * plan.huge.len());
+    (plan.progress)(Progress::Begin(cells.sum()));
     let mut bench = measure::Bench::new(plan);
     for benchmark in &plan.benchmarks {
         bench.run(*benchmark)?;
     }
     let arenas = bench.arenas();
-    Ok(Findings { records: bench.into_records(), host: describe_host(plan.guest, &arenas) })
+    let mut host = describe_host(plan.guest, &arenas);
+    host["skipped"] = json!(bench.skipped());
+    Ok(Findings { records: bench.into_records(), host })
 }
 
 /// What a reader must know of the host to make something of the figures.

@@ -25,7 +25,7 @@ impl Bench<'_> {
             let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
             let has_baselines = has_baselines && !methods.is_empty();
             let mut baselines = has_baselines.then(|| self.baselines(cell)).transpose()?;
-            for counts in self.runs(u32::MAX) {
+            for counts in self.runs(Self::most_runs(cell)) {
                 self.check_interrupt()?;
                 let value = self.next_value();
                 let Some(work) = Work::over(cell.memory, WORK_PAGES, value) else { return Ok(()) };

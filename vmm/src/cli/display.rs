@@ -26,10 +26,10 @@ struct Part {
 
 impl Display {
     pub(super) fn new() -> Self {
-        let style = ProgressStyle::with_template("{spinner} {elapsed_precise}  {msg}");
+        let style = ProgressStyle::with_template("{spinner} {bar:24} {pos}/{len}  {elapsed_precise}  {msg}");
         // The template is a constant: without it there is a plainer line.
-        let style = style.unwrap_or_else(|_| ProgressStyle::default_spinner());
-        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new_spinner().with_style(style));
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0).with_style(style));
         if let Some(bar) = &bar {
             bar.enable_steady_tick(TICK);
         }
@@ -41,6 +41,11 @@ impl Display {
     pub(super) fn show(&self, progress: Progress<'_>) {
         let mut part = self.part.borrow_mut();
         match progress {
+            Progress::Begin(cells) => {
+                if let Some(bar) = &self.bar {
+                    bar.set_length(u64::try_from(cells).unwrap_or(u64::MAX));
+                }
+            }
             Progress::Cell(title) => {
                 self.leave(&part);
                 *part = Part { title: title.to_owned(), begun: Instant::now(), runs: 0 };
@@ -49,6 +54,10 @@ impl Display {
                 }
             }
             Progress::Run => part.runs += 1,
+            Progress::Skipped(text) => match &self.bar {
+                Some(bar) => bar.println(format!("salp: SKIPPED: {text}")),
+                None => eprintln!("salp: SKIPPED: {text}"),
+            },
         }
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{}: {} runs", part.title, part.runs));
@@ -59,6 +68,7 @@ impl Display {
     fn leave(&self, part: &Part) {
         if let (Some(bar), false) = (&self.bar, part.title.is_empty()) {
             let seconds = part.begun.elapsed().as_secs_f64();
+            bar.inc(1);
             bar.println(format!("salp: {}: {} runs, {seconds:.1} s", part.title, part.runs));
         }
     }

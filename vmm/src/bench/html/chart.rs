@@ -10,7 +10,7 @@ use crate::bench::report::{Record, Unit};
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 330.0;
-const LEFT: f64 = 70.0;
+const LEFT: f64 = 76.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 46.0;
@@ -84,9 +84,11 @@ pub(super) fn escape(text: &str) -> String {
 struct Drawing(String);
 
 impl Drawing {
-    fn new(height: f64, title: &str) -> Self {
+    fn new(height: f64, title: &str, class: &str) -> Self {
         let title = escape(title);
-        Self(format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{title}\">"))
+        Self(format!(
+            "<svg class=\"{class}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{title}\">"
+        ))
     }
 
     fn put(&mut self, element: std::fmt::Arguments<'_>) {
@@ -107,7 +109,7 @@ impl Drawing {
 
     /// The marks of the vertical axis and their lines.
     fn vertical_axis(&mut self, scale: &Scale, unit: Unit) {
-        for mark in scale.marks() {
+        for mark in scale.marks(unit) {
             let y = scale.at(mark);
             self.line("grid", [LEFT, y], [WIDTH - RIGHT, y]);
             self.text(LEFT - 8.0, y + 4.0, "end", &show(unit, mark));
@@ -156,11 +158,18 @@ fn form(class: &str, x: f64, y: f64, r: f64) -> String {
     }
 }
 
-/// A legend: names with their marks.
-pub(super) fn legend<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+/// What a legend shows of a colour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Key {
+    Line,
+    Bar,
+}
+
+/// A legend: names with what they are drawn with.
+pub(super) fn legend<'a>(key: Key, entries: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
     let mut text = String::from("<ul class=\"legend\">");
     for (name, class) in entries {
-        let form = if class.starts_with("stage") {
+        let form = if key == Key::Bar {
             "<rect x=\"3\" y=\"2\" width=\"12\" height=\"10\" rx=\"2\"/>".to_owned()
         } else {
             format!("<line x1=\"0\" y1=\"7\" x2=\"18\" y2=\"7\"/>{}", form(class, 9.0, 7.0, 4.6))
@@ -193,7 +202,7 @@ pub(super) fn lines(
         true => from + (to - from) * (x - least) / (most - least),
         false => f64::midpoint(from, to),
     };
-    let mut drawing = Drawing::new(HEIGHT, title);
+    let mut drawing = Drawing::new(HEIGHT, title, "lines");
     drawing.vertical_axis(&vertical, unit);
     let mut last = f64::NEG_INFINITY;
     for (place, label) in ticks {
@@ -240,7 +249,7 @@ pub(super) fn bars(
     let values: Vec<_> =
         bars.iter().flat_map(|one| one.marks.iter().flatten()).flat_map(|m| [m.p50, m.p90]).collect();
     let vertical = vertical_scale(axis, &values);
-    let mut drawing = Drawing::new(HEIGHT, title);
+    let mut drawing = Drawing::new(HEIGHT, title, "bars");
     drawing.vertical_axis(&vertical, unit);
     let group_width = (WIDTH - RIGHT - LEFT) / groups.len().max(1) as f64;
     for (number, group) in groups.iter().enumerate() {
@@ -282,9 +291,9 @@ pub(super) fn stacks(title: &str, unit: Unit, parts: &[&str], stacks: &[Stack]) 
     let height = TOP + ROW * stacks.len() as f64 + 34.0;
     let sums: Vec<f64> = stacks.iter().map(|stack| stack.parts.iter().sum()).collect();
     let scale = Scale::even(&sums, NAMES, WIDTH - RIGHT - 58.0);
-    let mut drawing = Drawing::new(height, title);
+    let mut drawing = Drawing::new(height, title, "stacks");
     let bottom = height - 30.0;
-    for mark in scale.marks() {
+    for mark in scale.marks(unit) {
         let x = scale.at(mark);
         drawing.line("grid", [x, TOP], [x, bottom]);
         drawing.text(x, bottom + 17.0, "middle", &show(unit, mark));

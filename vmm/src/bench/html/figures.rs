@@ -1,6 +1,6 @@
 //! Which plots a report has, and of which records.
 
-use super::chart::{Axis, Bars, Line, Mark, Stack, bars, escape, legend, lines, stacks};
+use super::chart::{Axis, Bars, Key, Line, Mark, Stack, bars, escape, legend, lines, stacks};
 use super::subject_name;
 use crate::bench::report::{Record, SALP, Unit};
 
@@ -107,6 +107,14 @@ fn figure(title: &str, note: &str, legend: &str, svg: &str) -> String {
     )
 }
 
+/// A note that says how the vertical axis goes, where that is not as usual.
+fn noted(note: &str, axis: Axis) -> String {
+    match axis {
+        Axis::Even => note.to_owned(),
+        Axis::Logarithmic => format!("{note} · logarithmic"),
+    }
+}
+
 fn line_figure(
     (title, note, below): (&str, &str, &str),
     axis: Axis,
@@ -116,8 +124,8 @@ fn line_figure(
     let all: Vec<_> = all.iter().filter(|line| !line.marks.is_empty()).cloned().collect();
     let unit = Unit::Microseconds;
     (!all.is_empty()).then(|| {
-        let legend = legend(all.iter().map(|line| (line.name.as_str(), line.class)));
-        figure(title, note, &legend, &lines(title, below, unit, axis, ticks, &all))
+        let legend = legend(Key::Line, all.iter().map(|line| (line.name.as_str(), line.class)));
+        figure(title, &noted(note, axis), &legend, &lines(title, below, unit, axis, ticks, &all))
     })
 }
 
@@ -130,8 +138,8 @@ fn bar_figure(
 ) -> Option<String> {
     let all: Vec<_> = all.iter().filter(|bars| bars.marks.iter().any(Option::is_some)).cloned().collect();
     (!all.is_empty()).then(|| {
-        let legend = legend(all.iter().map(|bars| (bars.name.as_str(), bars.class)));
-        figure(title, note, &legend, &bars(title, below, unit, axis, groups, &all))
+        let legend = legend(Key::Bar, all.iter().map(|bars| (bars.name.as_str(), bars.class)));
+        figure(title, &noted(note, axis), &legend, &bars(title, below, unit, axis, groups, &all))
     })
 }
 
@@ -284,7 +292,8 @@ fn stages(some: &Chosen<'_>, note: &str) -> Vec<Option<String>> {
         let rows: Vec<_> = memory.iter().filter_map(|memory| row(subject, source, memory, parts)).collect();
         let classes: Vec<_> = (0..parts.len()).map(|i| format!("stage{i}")).collect();
         let names = parts.iter().map(|part| part.replace('_', " ")).collect::<Vec<_>>();
-        let legend = legend(names.iter().map(String::as_str).zip(classes.iter().map(String::as_str)));
+        let legend =
+            legend(Key::Bar, names.iter().map(String::as_str).zip(classes.iter().map(String::as_str)));
         let svg = stacks(title, Unit::Microseconds, parts, &rows);
         (!rows.is_empty()).then(|| figure(title, note, &legend, &svg))
     };

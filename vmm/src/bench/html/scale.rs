@@ -46,38 +46,49 @@ impl Scale {
         self.from + (self.to - self.from) * part
     }
 
-    /// Round values to mark, ascending, seven or so at most.
-    pub(super) fn marks(&self) -> Vec<f64> {
+    /// Round values to mark, in that unit, ascending, seven or so at most.
+    pub(super) fn marks(&self, unit: Unit) -> Vec<f64> {
+        // Sizes are round in the unit that they are written in.
+        let (is_binary, step) = (matches!(unit, Unit::Kibibytes | Unit::MebibytesPerSecond), 1024.0);
+        let factor = if is_binary && self.most >= step { step } else { 1.0 };
+        let factor = if is_binary && self.most >= step * step { step * step } else { factor };
         if !self.is_log {
-            let step = [1.0, 2.0, 5.0, 10.0]
-                .map(|digit| digit * 10_f64.powf((self.most / 6.0).log10().floor()))
-                .into_iter()
-                .find(|step| self.most / step <= 6.0);
-            let step = step.unwrap_or(self.most);
-            return (0..=6).map(|i| f64::from(i) * step).take_while(|mark| *mark <= self.most).collect();
+            return even_marks(self.most / factor).into_iter().map(|mark| mark * factor).collect();
         }
         let decades = (self.most / self.least).log10();
-        let digits: &[f64] = if decades > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
-        let digits = if decades > 1.8 && decades <= 3.0 { &[1.0, 3.0] } else { digits };
-        let first = self.least.log10().floor() as i32;
-        let last = self.most.log10().ceil() as i32;
-        let marks = (first..=last).flat_map(|power| digits.iter().map(move |d| d * 10_f64.powi(power)));
+        let (base, digits): (f64, &[f64]) = match decades {
+            _ if is_binary => (4.0, &[1.0]),
+            decades if decades > 3.0 => (10.0, &[1.0]),
+            decades if decades > 1.8 => (10.0, &[1.0, 3.0]),
+            _ => (10.0, &[1.0, 2.0, 5.0]),
+        };
+        let first = self.least.log(base).floor() as i32;
+        let last = self.most.log(base).ceil() as i32;
+        let marks = (first..=last).flat_map(|power| digits.iter().map(move |d| d * base.powi(power)));
         marks.filter(|mark| *mark >= self.least && *mark <= self.most).collect()
     }
 }
 
-/// A value with its unit, as people write it: three digits that count.
+/// Round values from 0 to `most`.
+fn even_marks(most: f64) -> Vec<f64> {
+    let power = 10_f64.powf((most / 6.0).log10().floor());
+    let steps = [1.0, 2.0, 5.0, 10.0].map(|digit| digit * power);
+    let step = steps.into_iter().find(|step| most / step <= 6.0).unwrap_or(most);
+    (0..=6).map(|i| f64::from(i) * step).take_while(|mark| *mark <= most).collect()
+}
+
+/// A value with its unit, as people write it: three digits that count, and a space that does not break.
 pub(super) fn show(unit: Unit, value: f64) -> String {
     match unit {
+        _ if value == 0.0 => "0".to_owned(),
         Unit::Microseconds | Unit::MicrosecondsPerPage => {
             let (scaled, name) = match value.abs() {
-                0.0 => return "0".to_owned(),
                 size if size < 1.0 => (value * 1e3, "ns"),
                 size if size < 1e3 => (value, "µs"),
                 size if size < 1e6 => (value / 1e3, "ms"),
                 _ => (value / 1e6, "s"),
             };
-            format!("{} {name}", digits(scaled))
+            format!("{}\u{a0}{name}", digits(scaled))
         }
         Unit::Kibibytes => {
             let (scaled, name) = match value.abs() {
@@ -85,11 +96,11 @@ pub(super) fn show(unit: Unit, value: f64) -> String {
                 size if size < 1024.0 * 1024.0 => (value / 1024.0, "MiB"),
                 _ => (value / 1024.0 / 1024.0, "GiB"),
             };
-            format!("{} {name}", digits(scaled))
+            format!("{}\u{a0}{name}", digits(scaled))
         }
-        Unit::MebibytesPerSecond if value >= 1024.0 => format!("{} GiB/s", digits(value / 1024.0)),
-        Unit::MebibytesPerSecond => format!("{} MiB/s", digits(value)),
-        Unit::Percent => format!("{} %", digits(value)),
+        Unit::MebibytesPerSecond if value >= 1024.0 => format!("{}\u{a0}GiB/s", digits(value / 1024.0)),
+        Unit::MebibytesPerSecond => format!("{}\u{a0}MiB/s", digits(value)),
+        Unit::Percent => format!("{}\u{a0}%", digits(value)),
         Unit::Count => digits(value),
     }
 }
@@ -113,6 +124,7 @@ mod tests {
 
     #[test]
     fn values_are_written_with_three_digits() {
+        let show = |unit, value| show(unit, value).replace('\u{a0}', " ");
         let us = |value| show(Unit::Microseconds, value);
         assert_eq!([us(0.058), us(5.0), us(1234.0), us(2.5e6)], ["58 ns", "5 µs", "1.23 ms", "2.5 s"]);
         assert_eq!(show(Unit::Kibibytes, 1536.0), "1.5 MiB");
@@ -122,15 +134,17 @@ mod tests {
     #[test]
     fn marks_are_round_and_inside() {
         let even = Scale::even(&[734.0], 0.0, 100.0);
-        assert_eq!(even.marks(), [0.0, 200.0, 400.0, 600.0]);
+        assert_eq!(even.marks(Unit::Microseconds), [0.0, 200.0, 400.0, 600.0]);
+        let sizes = Scale::even(&[3000.0], 0.0, 1.0).marks(Unit::Kibibytes);
+        assert_eq!(sizes[..3], [0.0, 512.0, 1024.0]);
         assert_eq!((even.at(0.0), even.at(1e9)), (0.0, 100.0));
         let logarithmic = Scale::logarithmic(&[0.0, 3.0, 250_000.0], 100.0, 0.0);
-        assert_eq!(logarithmic.marks(), [10.0, 100.0, 1e3, 1e4, 1e5]);
+        assert_eq!(logarithmic.marks(Unit::Microseconds), [10.0, 100.0, 1e3, 1e4, 1e5]);
         assert!(logarithmic.at(3.0) > logarithmic.at(4.0));
         assert_eq!(logarithmic.at(0.0), 100.0);
         for values in [vec![], vec![0.0], vec![-3.0]] {
             for scale in [Scale::even(&values, 0.0, 1.0), Scale::logarithmic(&values, 0.0, 1.0)] {
-                assert!(!scale.marks().is_empty() && scale.at(0.5).is_finite(), "{values:?}");
+                assert!(!scale.marks(Unit::Count).is_empty() && scale.at(0.5).is_finite(), "{values:?}");
             }
         }
     }
