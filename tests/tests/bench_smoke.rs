@@ -10,7 +10,9 @@ use salp::kvm::Kvm;
 use salp::window::Userfault;
 use salp_tests::procs::salp_binary;
 
-const RUNS: usize = 2;
+/// Of each guest: with KVM all takes longer.
+const RUNS_OF_KVM: usize = 1;
+const RUNS_OF_THREADS: usize = 2;
 const BASELINES: [&str; 4] = ["full_copy", "process_fork", "static_template", "snapshot"];
 const CROWDS: [&str; 2] = ["process_fork", "static_template"];
 const COMPARED: [&str; 8] = [
@@ -66,11 +68,11 @@ impl Drop for Outputs {
 }
 
 /// Has salp measure little of all, and returns what it says.
-fn measure(guest: &str, outputs: &Outputs) -> String {
+fn measure(guest: &str, runs: usize, outputs: &Outputs) -> String {
     let run = Command::new(salp_binary())
         .args(["bench", "all", "--memory", "16M", "--dirty", "all", "--huge", "on,off", "--pins", "0,8"])
         .args(["--burst", "4", "--alive", "2", "--window", "20"])
-        .args(["--runs", &RUNS.to_string(), "--guest", guest])
+        .args(["--runs", &runs.to_string(), "--guest", guest])
         .arg("--json")
         .arg(&outputs.json)
         .arg("--csv")
@@ -84,15 +86,15 @@ fn measure(guest: &str, outputs: &Outputs) -> String {
     String::from_utf8_lossy(&run.stdout).into_owned()
 }
 
-fn check(guest: &str) {
+fn check(guest: &str, runs: usize) {
     let outputs = Outputs::new(guest);
-    let table = measure(guest, &outputs);
+    let table = measure(guest, runs, &outputs);
     let text = std::fs::read_to_string(&outputs.json).expect("the records are there");
     let (records, host) = report::from_json(&text).expect("they are JSON");
     assert!(host["host"]["kernel_release"].is_string(), "{host}");
     assert!(!host["arenas"].as_array().expect("a list").is_empty(), "{host}");
     assert_eq!(host["skipped"], serde_json::json!([]));
-    records.iter().for_each(check_record);
+    records.iter().for_each(|record| check_record(record, runs));
     check_who_is_there(&records);
 
     let csv = std::fs::read_to_string(&outputs.csv).expect("the records are there as CSV too");
@@ -108,13 +110,13 @@ fn check(guest: &str) {
     assert!(!page.contains("NaN") && page.ends_with("</html>\n"), "the report is broken");
 }
 
-fn check_record(record: &Record) {
+fn check_record(record: &Record, runs: usize) {
     let ordered = [record.min, record.p50, record.p90, record.p99, record.max];
     assert!(ordered.is_sorted() && ordered[4].is_finite(), "{record:?}");
     // Others who give memory back may have more than clones take.
     assert!(ordered[0] >= 0.0 || record.quantity.starts_with("marginal_"), "{record:?}");
     // One for each call.
-    let n = if record.quantity.ends_with("_of_many") { 4 } else { RUNS };
+    let n = if record.quantity.ends_with("_of_many") { 4 } else { runs };
     assert_eq!(record.n, n, "{record:?}");
 }
 
@@ -144,7 +146,7 @@ fn check_who_is_there(records: &[Record]) {
 #[test]
 fn threads() {
     match Userfault::open() {
-        Ok(_) => check("thread"),
+        Ok(_) => check("thread", RUNS_OF_THREADS),
         Err(error) => println!("SKIPPED: bench with threads: {error}"),
     }
 }
@@ -155,7 +157,7 @@ fn kvm() {
         .map_err(|error| error.to_string())
         .and_then(|_| Kvm::open().map_err(|error| error.to_string()))
     {
-        Ok(_) => check("kvm"),
+        Ok(_) => check("kvm", RUNS_OF_KVM),
         Err(error) => println!("SKIPPED: bench with KVM: {error}"),
     }
 }

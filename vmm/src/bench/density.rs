@@ -21,7 +21,8 @@ const RUNS: u32 = 3;
 /// Memory is settled when it changes by less than this in [`PAUSE`].
 const STEADY_BYTES: u64 = 1 << 20;
 const PAUSE: Duration = Duration::from_millis(100);
-/// On a busy host it never is.
+/// On a busy host it never is: it is waited for so long for each clone, and so long at most.
+const LIMIT_A_CLONE: Duration = Duration::from_millis(30);
 const LIMIT: Duration = Duration::from_secs(3);
 
 /// Available memory before, with the clones idle, and after their work.
@@ -94,17 +95,17 @@ fn density_of_salp(
     source.dirty(source.root, &[run], value)?;
     // What the first fork costs, all of the memory once more, is not of the others.
     let first = source.cloned_from_root()?;
-    let before = steady_available_bytes();
+    let before = steady_available_bytes(count);
     let (forked, _) = source.fork(source.root, count)?;
     source.await_nothing_pending(&forked)?;
-    let idle = steady_available_bytes();
+    let idle = steady_available_bytes(count);
     let mut mappings = Vec::new();
     for clone in &forked.clones {
         source.order_store(clone.vm, order)?;
         mappings.push(mappings_of(source.colony.member(clone.vm)?.process()));
     }
     source.settle()?;
-    let active = steady_available_bytes();
+    let active = steady_available_bytes(count);
     source.end_clones(&forked)?;
     source.colony.end(first)?;
     source.settle()?;
@@ -120,14 +121,14 @@ fn density_of(
     // As with salp, what the first costs (the snapshot) is not of the others.
     baselines.hold(crowd, 1)?;
     baselines.release(crowd)?;
-    let before = steady_available_bytes();
+    let before = steady_available_bytes(count);
     let burst = baselines.hold(crowd, count)?;
-    let idle = steady_available_bytes();
+    let idle = steady_available_bytes(count);
     let mappings = burst.processes.iter().map(|process| mappings_of(*process)).collect();
     let mut active = idle;
     if crowd != Crowd::Bare {
         baselines.have_all_do(crowd, order)?;
-        active = steady_available_bytes();
+        active = steady_available_bytes(count);
     }
     baselines.release(crowd)?;
     Ok((Levels([before, idle, active]), mappings))
@@ -138,9 +139,10 @@ fn mappings_of(process: u32) -> usize {
     std::fs::read_to_string(format!("/proc/{process}/maps")).map_or(0, |maps| maps.lines().count())
 }
 
-/// The host's available memory once it no longer moves, or after [`LIMIT`].
-fn steady_available_bytes() -> u64 {
-    let deadline = Instant::now() + LIMIT;
+/// The host's available memory once it no longer moves, or after a while.
+fn steady_available_bytes(clones: usize) -> u64 {
+    let limit = LIMIT_A_CLONE.saturating_mul(u32::try_from(clones).unwrap_or(u32::MAX));
+    let deadline = Instant::now() + limit.min(LIMIT);
     let available = || {
         // The counters of all processors are added up: else some lag behind by a second (proc(5)). Only
         // root may, and without it the figures are a little less exact.
@@ -149,7 +151,7 @@ fn steady_available_bytes() -> u64 {
     };
     let mut last = available();
     loop {
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(PAUSE.min(limit));
         let now = available();
         if now.abs_diff(last) < STEADY_BYTES || Instant::now() >= deadline {
             return now;

@@ -317,7 +317,10 @@ pub fn run(plan: &Plan<'_>) -> Result<Findings, BenchError> {
     (plan.progress)(Progress::Begin(cells.sum()));
     let mut bench = measure::Bench::new(plan);
     for benchmark in &plan.benchmarks {
-        bench.run(*benchmark)?;
+        bench.run(*benchmark).map_err(|error| {
+            // The signal may have ended processes of the baselines too.
+            if (plan.is_interrupted)() { BenchError::Interrupted } else { error }
+        })?;
     }
     let arenas = bench.arenas();
     let mut host = describe_host(plan.guest, &arenas);
