@@ -203,16 +203,21 @@ impl Benchmark {
     }
 
     /// The sizes that it is measured at, of those that are asked for (ascending): latency at all; what
-    /// depends on other things at one, the least where many clones are made.
+    /// depends on other things at one, the least where many clones are made, or at both.
     #[must_use]
     fn sizes(self, asked: &[(MemoryShape, String)]) -> Vec<(MemoryShape, String)> {
-        let most = asked.iter().rev().find(|(memory, _)| memory.ram_bytes() <= ONE_SIZE_BYTES);
-        let one = match self {
-            Self::Fork | Self::Pause | Self::Fault => return asked.to_vec(),
-            Self::Density | Self::Burst | Self::Chain => asked.first(),
-            Self::Pins | Self::Scattered | Self::Throughput | Self::Publish => most.or(asked.first()),
+        let least = asked.first();
+        let most = asked.iter().rev().find(|(memory, _)| memory.ram_bytes() <= ONE_SIZE_BYTES).or(least);
+        let mut sizes: Vec<_> = match self {
+            Self::Fork | Self::Pause => return asked.to_vec(),
+            Self::Fault => least.into_iter().chain(most).cloned().collect(),
+            Self::Density | Self::Burst | Self::Chain => least.into_iter().cloned().collect(),
+            Self::Pins | Self::Scattered | Self::Throughput | Self::Publish => {
+                most.into_iter().cloned().collect()
+            }
         };
-        one.cloned().into_iter().collect()
+        sizes.dedup();
+        sizes
     }
 }
 

@@ -7,6 +7,8 @@ use super::BenchError;
 use crate::member::messages::PuppetOrder;
 use crate::words::{LEAF_BYTES, LEAF_PAGES, MemoryShape, PAGE_BYTES, PAGE_SHIFT, wide};
 
+/// The most pages that a [`Work`] writes in each of its parts.
+const WRITTEN_PAGES: u64 = 1 << 13;
 /// Orders that do nothing, to know what an order costs by itself.
 pub(super) const TRIPS: usize = 9;
 
@@ -164,16 +166,18 @@ pub struct WorkTimes {
 
 impl Work {
     /// Three parts of `memory` that leave room for the guest itself: half of it read, a quarter
-    /// written, the most of the last quarter fresh. `limit_pages` bounds each.
+    /// written, the most of the last quarter fresh. `limit_pages` bounds each; of those that are written
+    /// there are 32 MiB at most, for they are slow.
     #[must_use]
     pub fn over(shape: MemoryShape, limit_pages: u64, value: u64) -> Option<Self> {
         let run = free_runs(shape, u64::MAX).first().copied()?;
         let [half, three_quarters] = [run.pages / 2, run.pages * 3 / 4];
-        let part = |from: u64, to: u64| run.part(from, to.min(from + limit_pages));
+        let part = |from: u64, to: u64, limit: u64| run.part(from, to.min(from + limit));
+        let written = limit_pages.min(WRITTEN_PAGES);
         Some(Self {
-            read: part(0, half),
-            write: part(half, three_quarters),
-            fresh: part(three_quarters, run.pages),
+            read: part(0, half, limit_pages),
+            write: part(half, three_quarters, written),
+            fresh: part(three_quarters, run.pages, written),
             value,
         })
     }

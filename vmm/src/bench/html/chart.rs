@@ -176,7 +176,8 @@ pub(super) fn legend<'a>(key: Key, entries: impl IntoIterator<Item = (&'a str, &
         };
         let _ = write!(
             text,
-            "<li><svg class=\"key {class}\" width=\"18\" height=\"14\" aria-hidden=\"true\">{form}</svg>{}</li>",
+            "<li><svg class=\"key {class}\" width=\"18\" height=\"14\" aria-hidden=\"true\">{form}\
+             </svg>{}</li>",
             escape(name)
         );
     }
@@ -274,7 +275,8 @@ pub(super) fn bars(
             if width >= 34.0 {
                 let above = vertical.at(mark.p90.max(mark.p50)) - 5.0;
                 drawing.put(format_args!(
-                    "<text class=\"value\" x=\"{middle:.1}\" y=\"{above:.1}\" text-anchor=\"middle\">{}</text>",
+                    "<text class=\"value\" x=\"{middle:.1}\" y=\"{above:.1}\" \
+                     text-anchor=\"middle\">{}</text>",
                     escape(&show(unit, mark.p50))
                 ));
             }

@@ -157,9 +157,9 @@ pub(super) fn sections(records: &[Record]) -> Vec<Section> {
     vec![
         section(
             "Latency against memory",
-            "From the request for a fork to the clone's vCPU in the guest (call), to its first instruction, and to \
-             the sum of 1 MiB that it has read while publication goes on. The pause is how long the source stood \
-             still.",
+            "From the request for a fork to the clone's vCPU in the guest (call), to its first \
+             instruction, and to the sum of 1 MiB that it has read while publication goes on. The pause \
+             is how long the source stood still.",
             each(latency),
         ),
         section(
@@ -169,8 +169,8 @@ pub(super) fn sections(records: &[Record]) -> Vec<Section> {
         ),
         section(
             "Latency against dirty pages",
-            "What the source wrote before its fork; and a source whose memory lies in the arena, which has written \
-             single pages since.",
+            "What the source wrote before its fork; and a source whose memory lies in the arena, which \
+             has written single pages since.",
             each(dirty),
         ),
         section(
@@ -180,14 +180,14 @@ pub(super) fn sections(records: &[Record]) -> Vec<Section> {
         ),
         section(
             "Touching memory in a clone",
-            "For each 4 KiB page, one after the other, when all is published. The first write in a leaf of 2 MiB \
-             stands apart.",
+            "For each 4 KiB page, one after the other, when all is published. The first write in a leaf \
+             of 2 MiB stands apart.",
             each(touches),
         ),
         section(
             "Many clones",
-            "Memory of one more clone is what the host has available less, page tables and the kernel's objects \
-             included. A bare VM has run one instruction.",
+            "Memory of one more clone is what the host has available less, page tables and the kernel's \
+             objects included. A bare VM has run one instruction.",
             each(many),
         ),
         section(

@@ -47,7 +47,8 @@ pub fn page(findings: &Findings) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <title>salp bench</title><style>{STYLE}</style></head><body>{head}<main>{body}</main></body></html>\n"
+         <title>salp bench</title><style>{STYLE}</style></head>\
+         <body>{head}<main>{body}</main></body></html>\n"
     )
 }
 
@@ -86,8 +87,8 @@ fn header(records: &[Record], host: &Value) -> String {
     }
     let command = escape(text_of(host, "/command"));
     format!(
-        "<header><h1>salp bench</h1><p>What a clone of a running microVM costs, against other ways to a second \
-         one. Marks are medians; whiskers go to the 90th percentile.</p><pre>{command}</pre>\
+        "<header><h1>salp bench</h1><p>What a clone of a running microVM costs, against other ways to \
+         a second one. Marks are medians; whiskers go to the 90th percentile.</p><pre>{command}</pre>\
          <div class=\"cards\">{cards}</div></header>"
     )
 }

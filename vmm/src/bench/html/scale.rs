@@ -136,7 +136,7 @@ mod tests {
         let even = Scale::even(&[734.0], 0.0, 100.0);
         assert_eq!(even.marks(Unit::Microseconds), [0.0, 200.0, 400.0, 600.0]);
         let sizes = Scale::even(&[3000.0], 0.0, 1.0).marks(Unit::Kibibytes);
-        assert_eq!(sizes[..3], [0.0, 512.0, 1024.0]);
+        assert_eq!(sizes[..3], [0.0, 1024.0, 2048.0]);
         assert_eq!((even.at(0.0), even.at(1e9)), (0.0, 100.0));
         let logarithmic = Scale::logarithmic(&[0.0, 3.0, 250_000.0], 100.0, 0.0);
         assert_eq!(logarithmic.marks(Unit::Microseconds), [10.0, 100.0, 1e3, 1e4, 1e5]);
