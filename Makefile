@@ -17,8 +17,9 @@ demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo
 
 # Other sizes and runs: `target/release/salp bench --help`.
-bench: build ## Measure what a clone costs, against other ways to a second VM
-	target/release/salp bench all --json target/bench.json --csv target/bench.csv
+bench: build ## Measure what a clone costs, against other ways to a second VM: target/bench.html
+	target/release/salp bench all --memory 128M,512M,1G,8G --runs 10 --burst 100,1000 \
+		--json target/bench.json --csv target/bench.csv --report target/bench.html
 
 bench-smoke: ## Check that the benchmark works: records come out and parse
 	$(CARGO) build --package salp

@@ -135,7 +135,11 @@ pub mod order {
     pub const RUN_AND_WRITE: u64 = 12;
     /// Ask for a reset ([`call::RESET`](crate::call::RESET)); result: that call's result, if it has
     /// one.
-    pub const RESET: u64 = 14;
+    pub const RESET: u64 = 15;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
+    /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`
+    /// bytes apart, for k = 1, 2, ...; look for the next order after each `rsi` stores, as in [`COUNT`],
+    /// and report their number. Result: that number.
+    pub const COUNT_STRIDE: u64 = 14;
 }

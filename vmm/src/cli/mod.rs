@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+mod display;
 pub mod interrupt;
 pub mod memory;
 pub mod run;

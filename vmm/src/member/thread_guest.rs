@@ -129,7 +129,14 @@ impl Guest<'_> {
                 dma.mmio_read(a, &mut value);
                 u64::from_le_bytes(value)
             }),
-            order::COUNT => self.count(a, b, c),
+            order::COUNT => self.count(c, |k| {
+                self.store(a, &u64::to_le_bytes(k))?;
+                self.store(b, &u64::to_le_bytes(k))
+            }),
+            order::COUNT_STRIDE => self.count(b, |k| {
+                let (round, page) = ((k - 1) / c.max(1) + 1, (k - 1) % c.max(1));
+                self.store(a + page * d, &u64::to_le_bytes(round))
+            }),
             order::FORK => Ok(self.fork()),
             order::RESET => Ok(self.reset()),
             _ => Ok(call::FAILED),
@@ -202,13 +209,13 @@ impl Guest<'_> {
         }
     }
 
-    fn count(&self, first: u64, second: u64, rounds: u64) -> Done {
+    /// Has `store` store k = 1, 2, ... until there is another order, which it looks for after `rounds`.
+    fn count(&self, rounds: u64, store: impl Fn(u64) -> Done) -> Done {
         let mut k = 0;
         loop {
-            for _ in 0..rounds {
+            for _ in 0..rounds.max(1) {
                 k += 1;
-                self.store(first, &u64::to_le_bytes(k))?;
-                self.store(second, &u64::to_le_bytes(k))?;
+                store(k)?;
             }
             let report = crate::kvm::CallRegisters { rdi: k, ..Default::default() };
             let answer = self.machine.report(0, &report, false);
