@@ -59,6 +59,12 @@ impl Bench<'_> {
             self.add_fork(case.which, &with(case.params, "source", "waiting"), &timed, true);
         }
         if self.plan.guest == GuestKind::Kvm {
+            let (forked, times) = source.fork_still(self.plan.clones)?;
+            source.end_clones(&forked)?;
+            if counts && case.which == Benchmark::Fork {
+                let params = with(case.params, "source", "still");
+                self.add_calls(&params, &times);
+            }
             let timed = self.fork_running(source, case.runs)?;
             if counts {
                 // Its first exit comes after many instructions.
@@ -96,10 +102,12 @@ impl Bench<'_> {
 
     fn add_fork(&mut self, which: Benchmark, params: &Params, timed: &Timed, has_first: bool) {
         let times = &timed.times;
+        if which == Benchmark::Fork {
+            self.add_calls(params, times);
+        }
         let mut add =
             |quantity: &str, us: f64| self.samples.add(quantity, SALP, params, Unit::Microseconds, us);
         if which == Benchmark::Fork {
-            add("fork_call", times.call_us);
             if has_first {
                 add("first_instruction", times.first_instruction_us);
             }
@@ -117,6 +125,12 @@ impl Bench<'_> {
                 add(&format!("stage.{name}"), us);
             }
         }
+    }
+
+    /// The call, and what of it is memory's.
+    fn add_calls(&mut self, params: &Params, times: &ForkTimes) {
+        self.add("fork_call", params, Unit::Microseconds, times.call_us);
+        self.add("fork_call_memory", params, Unit::Microseconds, times.memory_us);
     }
 
     fn clone_of_baseline(

@@ -115,6 +115,7 @@ impl<'a> Bench<'a> {
                     }
                     Benchmark::Fault => self.fault(&cell)?,
                     Benchmark::Pins => self.pins(&cell)?,
+                    Benchmark::Reset => self.reset(&cell)?,
                     Benchmark::Scattered => self.scattered(&cell)?,
                     Benchmark::Throughput => self.throughput(&cell)?,
                     Benchmark::Publish => self.publish(&cell)?,

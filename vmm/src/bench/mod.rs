@@ -75,6 +75,7 @@ mod pins;
 mod plain_vm;
 mod publication;
 pub mod report;
+mod reset;
 mod scattered;
 mod source;
 mod throughput;
@@ -116,6 +117,9 @@ pub enum BenchError {
     /// A baseline.
     #[error("a baseline failed: {0}")]
     Baseline(String),
+    /// A VM that stood still was cut again.
+    #[error("a paused vm was cut again though nothing of it can have changed")]
+    CutAgain,
     /// The guest's run ended.
     #[error("the guest ended within the benchmark: {0}")]
     GuestEnded(String),
@@ -165,6 +169,8 @@ pub enum Benchmark {
     Publish,
     /// A clone of a clone, 16 deep.
     Chain,
+    /// A clone's return to its cut.
+    Reset,
     /// Memory of one more clone.
     Density,
     /// Many clones at once.
@@ -173,7 +179,7 @@ pub enum Benchmark {
 
 impl Benchmark {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Fork,
         Self::Fault,
         Self::Pins,
@@ -181,6 +187,7 @@ impl Benchmark {
         Self::Throughput,
         Self::Publish,
         Self::Chain,
+        Self::Reset,
         Self::Density,
         Self::Burst,
     ];
@@ -197,6 +204,7 @@ impl Benchmark {
             Self::Throughput => "throughput",
             Self::Publish => "publish",
             Self::Chain => "chain",
+            Self::Reset => "reset",
             Self::Density => "density",
             Self::Burst => "burst",
         }
@@ -210,7 +218,7 @@ impl Benchmark {
         let most = asked.iter().rev().find(|(memory, _)| memory.ram_bytes() <= ONE_SIZE_BYTES).or(least);
         let mut sizes: Vec<_> = match self {
             Self::Fork | Self::Pause => return asked.to_vec(),
-            Self::Fault => least.into_iter().chain(most).cloned().collect(),
+            Self::Fault | Self::Reset => least.into_iter().chain(most).cloned().collect(),
             Self::Density | Self::Burst | Self::Chain => least.into_iter().cloned().collect(),
             Self::Pins | Self::Scattered | Self::Throughput | Self::Publish => {
                 most.into_iter().cloned().collect()

@@ -17,7 +17,7 @@ use crate::space::Keep;
 use crate::words::MemoryShape;
 
 /// How long anything may take: software KVM on a busy machine is slow.
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 /// Members that there may be at one time.
 const MEMBERS: u32 = 1200;
 /// Rounds of a counting guest between two exits: a millisecond or more.
@@ -94,6 +94,16 @@ impl Source {
             result.map(Ok).or_else(|| state.ended.clone().map(|(_, text)| Err(text)))
         })?;
         found.map_err(BenchError::GuestEnded)
+    }
+
+    /// Has a guest ask for its reset.
+    pub(super) fn begin_reset(&self, vm: VmId) -> Result<(), BenchError> {
+        self.begin(vm, PuppetOrder { order: order::RESET, ..PuppetOrder::default() })
+    }
+
+    /// Takes what a guest that was at its cut again says of the order before that.
+    pub(super) fn take_results_at_cut(&self, vm: VmId) -> Result<(), BenchError> {
+        if self.guest == GuestKind::Kvm { self.result(vm).map(|_| ()) } else { Ok(()) }
     }
 
     /// Has a guest do something; returns its result and how long it took, in nanoseconds.
@@ -199,6 +209,23 @@ impl Source {
     pub(super) fn fork_as_it_is(&self, vm: VmId, clones: usize) -> Result<(Forked, ForkTimes), BenchError> {
         let forked = self.fork_now(vm, clones)?;
         let times = self.times(&forked)?;
+        Ok((forked, times))
+    }
+
+    /// A fork of the first VM while it stands still and has been cut before.
+    pub(super) fn fork_still(&self, clones: usize) -> Result<(Forked, ForkTimes), BenchError> {
+        self.colony.pause(self.root)?;
+        let first = self.fork_now(self.root, 1)?;
+        self.await_clones(&first.clones)?;
+        self.await_nothing_pending(&first)?;
+        let forked = self.fork_now(self.root, clones)?;
+        let times = self.times(&forked)?;
+        self.await_clones(&forked.clones)?;
+        if forked.cut != first.cut {
+            return Err(BenchError::CutAgain);
+        }
+        self.end_clones(&first)?;
+        self.colony.resume(self.root)?;
         Ok((forked, times))
     }
 

@@ -87,6 +87,8 @@ enum What {
     Burst,
     /// Clones of clones
     Chain,
+    /// A clone's return to its cut
+    Reset,
     /// How fast pages are published, and what that writes
     Publish,
     /// The pause of a source whose memory is in the arena
@@ -252,6 +254,7 @@ fn benchmarks(what: What) -> Vec<Benchmark> {
         What::Publish => vec![Benchmark::Publish],
         What::Density => vec![Benchmark::Density],
         What::Burst => vec![Benchmark::Burst],
+        What::Reset => vec![Benchmark::Reset],
         What::Scattered => vec![Benchmark::Scattered],
         What::Throughput => vec![Benchmark::Throughput],
         What::All => Benchmark::ALL.to_vec(),

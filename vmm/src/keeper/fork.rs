@@ -23,6 +23,8 @@ pub struct Cloned {
     pub vm: VmId,
     /// In nanoseconds of `CLOCK_MONOTONIC`.
     pub running_at: u64,
+    /// What its memory took: tables and window, in nanoseconds.
+    pub memory_ns: u64,
 }
 
 /// What a fork did.
@@ -53,6 +55,8 @@ pub struct ForkTimes {
     pub pause_us: f64,
     /// Request to the clone's vCPU entering the guest.
     pub call_us: f64,
+    /// What of the call is memory's: tables, files, reservation, copies, protection, the clone's window.
+    pub memory_us: f64,
     /// Request to the clone's first exit.
     pub first_instruction_us: f64,
     /// The parts.
@@ -161,6 +165,7 @@ pub(super) fn times_of(
     ForkTimes {
         pause_us: us(times.reserved, reentered.max(times.resumed)),
         call_us: us(forked.asked_at, entered.max(clone.running_at)),
+        memory_us: memory_us(forked, clone),
         first_instruction_us: us(forked.asked_at, first_exit),
         stages_us: Stages {
             reserve_structure: us(forked.asked_at, forked.reserved_at),
@@ -177,6 +182,13 @@ pub(super) fn times_of(
             enter: us(clone.running_at, entered),
         },
     }
+}
+
+fn memory_us(forked: &Forked, clone: &Cloned) -> f64 {
+    let times = &forked.times;
+    let reserved = (forked.reserved_at - forked.asked_at) + (times.reserved - times.begun);
+    let paused = forked.figures.copy + forked.figures.protect;
+    (reserved + clone.memory_ns) as f64 / 1e3 + paused.as_secs_f64() * 1e6
 }
 
 impl Shared {
@@ -307,7 +319,7 @@ impl Shared {
         let mut started: Vec<(Cloned, Arc<MemberHandle>)> = Vec::new();
         let mut failed = None;
         for (member, begun) in members.iter().zip(begun) {
-            match begun.and_then(|(vm, asked)| running(vm, asked)) {
+            match begun.and_then(Begun::wait) {
                 Ok(clone) => started.push((clone, Arc::clone(member))),
                 // A clone whose member dies before it runs is taken over by another, once.
                 Err(ColonyError::Died(_)) if failed.is_none() => match self.start_other(source, taken) {
@@ -337,7 +349,7 @@ impl Shared {
         taken: &Taken,
     ) -> Result<(Cloned, Arc<MemberHandle>), ColonyError> {
         let member = self.take_member()?;
-        let clone = self.begin_clone(source, taken, &member).and_then(|(vm, asked)| running(vm, asked));
+        let clone = self.begin_clone(source, taken, &member).and_then(Begun::wait);
         if clone.is_err() {
             member.kill();
             member.wait_end();
@@ -351,23 +363,37 @@ impl Shared {
         source: VmId,
         taken: &Taken,
         member: &'a Arc<MemberHandle>,
-    ) -> Result<(VmId, Asked<'a>), ColonyError> {
+    ) -> Result<Begun<'a>, ColonyError> {
         let is_resettable = self.config.is_resettable;
+        let begun = monotonic_ns();
         let vm = self.give_role(member, Some(source), |family, slot| {
             family.clone_vm(taken.cut, slot, is_resettable)
         })?;
+        let tables_ns = monotonic_ns() - begun;
         let order = Order::Become { vm, cut: taken.cut, snapshot: taken.reply.snapshot.clone() };
         // The base of the DMA engine's backing first, as at the boot.
         let base = self.config.backing_base.iter().map(|file| file.as_fd());
         let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
-        Ok((vm, member.begin(order, &descriptors)?))
+        Ok(Begun { vm, tables_ns, asked: member.begin(order, &descriptors)? })
     }
 }
 
-fn running(vm: VmId, asked: Asked<'_>) -> Result<Cloned, ColonyError> {
-    match asked.wait()? {
-        Reply::Running { at } => Ok(Cloned { vm, running_at: at }),
-        _ => Err(unexpected(vm)),
+/// A clone that has been told to run.
+struct Begun<'a> {
+    vm: VmId,
+    tables_ns: u64,
+    asked: Asked<'a>,
+}
+
+impl Begun<'_> {
+    fn wait(self) -> Result<Cloned, ColonyError> {
+        let vm = self.vm;
+        match self.asked.wait()? {
+            Reply::Running { at, window_ns } => {
+                Ok(Cloned { vm, running_at: at, memory_ns: self.tables_ns + window_ns })
+            }
+            _ => Err(unexpected(vm)),
+        }
     }
 }
 

@@ -53,6 +53,8 @@ pub struct Member {
     pub(super) held: Option<HeldGate>,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
+    /// What it took to map the window of a clone, in nanoseconds.
+    window_ns: u64,
     /// What the VM began with, if it is a clone.
     pub(super) origin: Option<Arc<Snapshot>>,
     /// Its tables say what they did then: it has not been cut since.
@@ -100,6 +102,7 @@ impl Member {
             life: None,
             held: None,
             just_cut: None,
+            window_ns: 0,
             origin: None,
             is_at_origin: false,
             prepared: None,
@@ -141,7 +144,7 @@ impl Member {
             }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
-            Order::PrepareReset => self.prepare_reset().and(done()),
+            Order::PrepareReset => self.prepare_reset(monotonic_ns()).and(done()),
             Order::Reset => self.reset(),
             Order::RefuseReset { vcpu } => {
                 self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.refuse_reset();
@@ -248,8 +251,10 @@ impl Member {
         mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
         let memory = self.memory()?;
+        let begun = monotonic_ns();
         memory.space.host().become_clone(cut).map_err(MemberError::Window)?;
         memory.space.begin_as_clone(cut);
+        self.window_ns = monotonic_ns() - begun;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -354,7 +359,7 @@ impl Member {
         }
         let at = monotonic_ns();
         self.resume_vcpus()?;
-        Ok((Reply::Running { at }, Vec::new()))
+        Ok((Reply::Running { at, window_ns: self.window_ns }, Vec::new()))
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {

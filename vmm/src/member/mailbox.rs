@@ -2,13 +2,14 @@
 //! finish. One mailbox a vCPU.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::messages::PuppetOrder;
 use crate::family::VmId;
+use crate::kvm::vcpu::monotonic_ns;
 
 #[derive(Default)]
 struct Letters {
@@ -128,25 +129,29 @@ pub struct ResetBell {
     bell: OwnedFd,
     /// The vCPU that asked last.
     asked_by: AtomicUsize,
+    /// When, in nanoseconds of `CLOCK_MONOTONIC`.
+    asked_at: AtomicU64,
 }
 
 impl ResetBell {
     pub(super) fn new() -> std::io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { bell, asked_by: AtomicUsize::new(0) })
+        Ok(Self { bell, asked_by: AtomicUsize::new(0), asked_at: AtomicU64::new(0) })
     }
 
     pub(super) fn ring(&self, vcpu: usize) {
         // Relaxed: the bell orders it.
+        self.asked_at.store(monotonic_ns(), Ordering::Relaxed);
         self.asked_by.store(vcpu, Ordering::Relaxed);
         if let Err(error) = rustix::io::write(&self.bell, &1u64.to_ne_bytes()) {
             tracing::error!(%error, "a guest's wish to be reset is lost");
         }
     }
 
-    /// The vCPU that has asked since the last look.
-    pub(super) fn take(&self) -> Option<usize> {
-        rustix::io::read(&self.bell, &mut [0; 8]).ok().map(|_| self.asked_by.load(Ordering::Relaxed))
+    /// The vCPU that has asked since the last look, and when.
+    pub(super) fn take(&self) -> Option<(usize, u64)> {
+        let is_rung = rustix::io::read(&self.bell, &mut [0; 8]).is_ok();
+        is_rung.then(|| (self.asked_by.load(Ordering::Relaxed), self.asked_at.load(Ordering::Relaxed)))
     }
 }
 

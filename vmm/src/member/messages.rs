@@ -381,6 +381,8 @@ pub enum Reply {
     Running {
         /// In nanoseconds of `CLOCK_MONOTONIC`.
         at: u64,
+        /// What mapping the window took, in nanoseconds; 0 at a boot.
+        window_ns: u64,
     },
 }
 

@@ -30,8 +30,8 @@ impl Member {
         loop {
             let machine = Arc::clone(&self.machine);
             let (has_order, is_asked) = wait(keeper, machine.reset_bell())?;
-            if is_asked && let Some(vcpu) = machine.reset_bell().take() {
-                self.reset_for_guest(vcpu);
+            if is_asked && let Some((vcpu, asked_at)) = machine.reset_bell().take() {
+                self.reset_for_guest(vcpu, asked_at);
             }
             if has_order {
                 return Ok(());
@@ -39,12 +39,12 @@ impl Member {
         }
     }
 
-    fn reset_for_guest(&mut self, vcpu: usize) {
+    fn reset_for_guest(&mut self, vcpu: usize, asked_at: u64) {
         if self.origin.is_some() && !self.is_at_origin {
             // The keeper must say first what the tables share.
             return self.machine.tell(Event::ResetAsked { vcpu });
         }
-        match self.reset() {
+        match self.reset_since(asked_at) {
             Ok(_) => self.after(),
             Err(error) => {
                 tracing::debug!(%error, "a guest's reset is refused");
@@ -59,11 +59,11 @@ impl Member {
     ///
     /// # Errors
     /// It is no clone, or a page is pinned from outside: it goes on as before. A vCPU did not stop.
-    pub(super) fn prepare_reset(&mut self) -> Result<ResetTimes, MemberError> {
+    pub(super) fn prepare_reset(&mut self, begun: u64) -> Result<ResetTimes, MemberError> {
         if let Some(times) = self.prepared {
             return Ok(times);
         }
-        let mut times = ResetTimes { begun: monotonic_ns(), ..ResetTimes::default() };
+        let mut times = ResetTimes { begun, ..ResetTimes::default() };
         let life = self.life()?;
         if life.has_ended {
             return Err(MemberError::Protocol("this vm has ended"));
@@ -99,7 +99,12 @@ impl Member {
     /// # Errors
     /// As [`Member::prepare_reset`]; or the host refused, and the VM stays stopped.
     pub(super) fn reset(&mut self) -> Answer {
-        let mut times = self.prepare_reset()?;
+        self.reset_since(monotonic_ns())
+    }
+
+    /// The same, begun at that moment.
+    fn reset_since(&mut self, begun: u64) -> Answer {
+        let mut times = self.prepare_reset(begun)?;
         let snapshot = self.origin.clone().ok_or(SpaceError::NoOrigin)?;
         let life = self.life()?;
         let (space, backing) = (Arc::clone(&life.space), Arc::clone(&life.backing));
