@@ -364,3 +364,26 @@ fn describe_host(guest: GuestKind, arenas: &[String]) -> Value {
 fn trimmed(text: String) -> String {
     text.trim().to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latency_is_measured_at_all_sizes_and_the_rest_at_few() {
+        let asked = [128_u64, 512, 1024, 8192].map(|mib| {
+            let shape = MemoryShape::new(mib << 20).expect("whole leaves");
+            (shape, format!("{mib}M"))
+        });
+        let names = |benchmark: Benchmark, asked: &[(MemoryShape, String)]| {
+            benchmark.sizes(asked).into_iter().map(|(_, name)| name).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(names(Benchmark::Fork, &asked), "128M 512M 1024M 8192M");
+        assert_eq!(names(Benchmark::Fault, &asked), "128M 512M");
+        assert_eq!(names(Benchmark::Scattered, &asked), "512M");
+        assert_eq!(names(Benchmark::Burst, &asked), "128M");
+        for benchmark in Benchmark::ALL {
+            assert_eq!(names(benchmark, &asked[3..]), "8192M", "there is no other");
+        }
+    }
+}

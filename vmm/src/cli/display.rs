@@ -59,7 +59,7 @@ impl Display {
                 None => eprintln!("salp: SKIPPED: {text}"),
             },
         }
-        if let Some(bar) = &self.bar {
+        if let (Some(bar), false) = (&self.bar, part.title.is_empty()) {
             bar.set_message(format!("{}: {} runs", part.title, part.runs));
         }
     }
