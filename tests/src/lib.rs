@@ -7,12 +7,14 @@
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`dma`] | the DMA engine, driven by a puppet |
 //! | [`procs`] | processes, their descriptors, threads, mappings: what must not leak
+//! | [`linux`] | Linux guests: their consoles, and when they said what |
 //! | [`probe`] | what the host says of a member: frame numbers, descriptors, threads |
 //!
 //! Every test runs with both guests, see [`both_guests`]. Whatever is waited for is an event with a
 //! time limit. A world that ends well has been checked, and has left nothing behind.
 
 pub mod dma;
+pub mod linux;
 pub mod procs;
 pub mod probe;
 pub mod row;
