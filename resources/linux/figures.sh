@@ -14,10 +14,9 @@ now_ms() {
     echo $(($(date +%s%N) / 1000000))
 }
 
-# until_line VM PATTERN: waits for a line on a VM's console. The pipe's own status does not matter: the reader
-# leaves first.
+# until_line VM PATTERN: waits for a line on a VM's console, not for the end of whoever reads it.
 until_line() {
-    (timeout 300 "$salp" console "$1" || true) | grep -q -m 1 "$2"
+    grep -q -m 1 "$2" < <(timeout 300 "$salp" console "$1")
 }
 
 if grep -q -m 1 -E '^flags.* (vmx|svm)( |$)' /proc/cpuinfo; then
@@ -43,7 +42,7 @@ done
 median() {
     awk -v field="$1" '{ print $field }' "$clones" | sort -n | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
 }
-echo "Linux 6.12, 192 MiB, 1 vCPU; $(uname -sr), $(nproc) cores, $kind"
+echo "Linux 6.12, 192 MiB, 1 vCPU; $(uname -sr), $(nproc) cores, $kind, load $(cut -d ' ' -f 1 /proc/loadavg)"
 echo
 echo "| what | how long |"
 echo "|---|---|"

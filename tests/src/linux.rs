@@ -25,7 +25,7 @@ use crate::procs::salp_binary;
 use crate::world::can_run;
 
 /// How long anything may take: a Linux on software KVM boots in seconds, on a busy machine in minutes.
-pub const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// A whole line that a VM has written to its console.
 #[derive(Clone, Debug)]
