@@ -9,6 +9,7 @@
 //! | [`images`] | kernels of a few instructions |
 //! | [`user`] | a user of the commands |
 //! | [`procs`] | processes, their descriptors, threads, mappings: what must not leak
+//! | [`linux`] | Linux guests: their consoles, and when they said what |
 //! | [`probe`] | what the host says of a member: frame numbers, descriptors, threads |
 //!
 //! Every test runs with both guests, see [`both_guests`]. Whatever is waited for is an event with a
@@ -16,6 +17,7 @@
 
 pub mod dma;
 pub mod images;
+pub mod linux;
 pub mod procs;
 pub mod probe;
 pub mod row;

@@ -1,13 +1,8 @@
-//! Other people's kernels: a bare ELF image of a few instructions and, where there is one to be had, a
-//! Linux. Each is forked while it runs, and so is a clone. Then all images that must be refused.
-//!
-//! The Linux kernel is the file that `SALP_TEST_KERNEL` names, with the initrd `SALP_TEST_INITRD`; else
-//! what `make linux-guest` has built. Without either the test says SKIPPED.
+//! Other people's kernels: a bare ELF image of a few instructions, forked while it runs, and so is a clone.
+//! Then all images that must be refused. `linux_guest.rs` has the Linux.
 
-use std::env;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use salp::family::VmId;
@@ -23,8 +18,6 @@ use salp_tests::procs::salp_binary;
 use salp_tests::world::can_run;
 
 const LIMIT: Duration = Duration::from_secs(120);
-const LINUX_COMMAND_LINE: &str = "console=ttyS0 quiet lpj=10384568 rodata=off noxsave panic=-1 reboot=k \
-     rdinit=/init clearcpuid=popcnt,smap,smep,cx16,rdrand,rdseed,fsgsbase,invpcid,pcid";
 
 fn colony(test: &str, memory_mib: u64, irqchip: Irqchip) -> Option<Colony> {
     colony_of(test, memory_mib, irqchip, 1)
@@ -225,52 +218,4 @@ fn refused(colony: &Colony, expected: &str, result: Result<VmId, ColonyError>) {
         other => panic!("not refused for {expected:?}: {other:?}"),
     }
     assert!(colony.vms().is_empty(), "a refused image leaves no vm");
-}
-
-// ---- Linux ----
-
-/// A kernel and its initrd.
-fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
-    if let (Some(kernel), Some(initrd)) = (env::var_os("SALP_TEST_KERNEL"), env::var_os("SALP_TEST_INITRD")) {
-        return Some((kernel.into(), initrd.into()));
-    }
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/linux-guest");
-    let found = (built.join("vmlinux"), built.join("initramfs.cpio"));
-    if found.0.is_file() && found.1.is_file() {
-        return Some(found);
-    }
-    println!("SKIPPED: {test}: run `make linux-guest`, or set SALP_TEST_KERNEL and SALP_TEST_INITRD");
-    None
-}
-
-#[test]
-fn linux_is_forked_while_its_init_runs() {
-    let test = "linux_is_forked_while_its_init_runs";
-    let Some((kernel, initrd)) = linux(test) else { return };
-    let Some(colony) = colony(test, 64, Irqchip::Full) else { return };
-    assert!(fs::metadata(&kernel).is_ok(), "{} is no file", kernel.display());
-    let (kernel, initrd) = (File::open(kernel).expect("a kernel"), File::open(initrd).expect("an initrd"));
-    colony.warm().expect("a pool");
-    let begun = Instant::now();
-    let root = colony.boot_image(&kernel, Some(&initrd), LINUX_COMMAND_LINE).expect("a boot");
-    await_console(&colony, root, |text| text.contains("INIT-REACHED"));
-    println!("the root reached its init after {:?}", begun.elapsed());
-    let forked = Instant::now();
-    let child = fork(&colony, root);
-    println!("forked after {:?}", forked.elapsed());
-    let before = await_console(&colony, root, |_| true).lines().count();
-    await_console(&colony, child, |text| text.lines().count() > 2);
-    let begun = Instant::now();
-    let grandchild = fork(&colony, child);
-    println!("a clone of the clone forked after {:?}", begun.elapsed());
-    for (vm, lines) in [(root, before + 3), (child, 3), (grandchild, 3)] {
-        let said = await_console(&colony, vm, |text| text.lines().count() >= lines);
-        println!("{vm} says:\n{said}");
-        assert!(!said.contains("panic") && !said.contains("BUG"), "{said}");
-        // The clones were cut after this line, and go on.
-        assert!(vm == root || !said.contains("INIT-REACHED"), "{said}");
-        let ticks = said.lines().filter_map(|line| line.strip_prefix("tick ")?.trim().parse().ok());
-        assert_consecutive(vm, &ticks.collect::<Vec<u32>>());
-    }
-    colony.check().expect("a sound state");
 }

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::error::KvmError;
 use super::host::Kvm;
 use super::state::{StateLayout, VcpuState};
+use super::vcpu::monotonic_ns;
 use crate::words::{Gpa, wide};
 
 /// Where Intel hosts keep three pages of their own (a task state for real mode), in the device hole.
@@ -100,6 +101,8 @@ impl Msi {
 pub struct VmState {
     /// kvmclock, in nanoseconds since the guest's start.
     pub clock_ns: u64,
+    /// When the clock was read, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub saved_at_ns: u64,
     /// The full irqchip's devices; none with the split one.
     pub devices: Option<FullIrqchipState>,
 }
@@ -278,11 +281,12 @@ impl Vm {
     /// The ioctl that failed.
     pub fn save(&self) -> Result<VmState, KvmError> {
         let clock = self.fd.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        let saved_at_ns = monotonic_ns();
         let devices = match self.irqchip {
             Irqchip::Split => None,
             Irqchip::Full => Some(self.save_devices()?),
         };
-        Ok(VmState { clock_ns: clock.clock, devices })
+        Ok(VmState { clock_ns: clock.clock, saved_at_ns, devices })
     }
 
     fn save_devices(&self) -> Result<FullIrqchipState, KvmError> {
@@ -298,7 +302,7 @@ impl Vm {
     }
 
     /// Sets a saved state; no vCPU is running. Set it before the states of the vCPUs. The clock
-    /// goes on from its saved value, as if no time had passed since.
+    /// shows what the source's shows at this moment.
     ///
     /// # Errors
     /// The ioctl that failed, or the state is that of another irqchip.
@@ -319,7 +323,8 @@ impl Vm {
                 return Err(KvmError::WrongIrqchip { operation, needed: "full" });
             }
         }
-        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        let since_ns = monotonic_ns().saturating_sub(state.saved_at_ns);
+        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(since_ns), ..Default::default() };
         self.fd.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
     }
 }
