@@ -18,7 +18,7 @@ use salp::keeper::fork::Forked;
 use salp::keeper::observe::Observer;
 use salp::keeper::{Colony, ColonyConfig};
 use salp::kvm::Irqchip;
-use salp::member::messages::GuestKind;
+use salp::member::messages::{GuestKind, HowEnded};
 use salp::words::MemoryShape;
 
 use crate::procs::salp_binary;
@@ -129,8 +129,13 @@ impl Observer for Consoles {
         self.changed.notify_all();
     }
 
-    fn ended(&self, vm: VmId, status: Option<u32>, text: &str) {
-        self.end(vm, &format!("status {status:?}: {text}"));
+    fn ended(&self, vm: VmId, how: HowEnded, status: Option<u32>, text: &str) {
+        self.end(vm, &format!("{how:?}, status {status:?}: {text}"));
+    }
+
+    fn restarted(&self, vm: VmId) {
+        self.lock().entry(vm).or_default().ended = None;
+        self.changed.notify_all();
     }
 
     fn gone(&self, vm: VmId) {
