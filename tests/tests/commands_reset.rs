@@ -189,9 +189,13 @@ fn a_clone_that_has_ended_runs_again() {
     }
     // Whoever watches sees all its lives, to the end of this one.
     let mut watch = user.command(&["console", "a-1"]).stdout(Stdio::piped()).spawn().expect("salp starts");
+    let mut from = watch.stdout.take().expect("it is piped");
     let mut seen = [0; 8];
-    watch.stdout.take().expect("it is piped").read_exact(&mut seen).expect("what it said");
+    from.read_exact(&mut seen).expect("what it said");
     assert_eq!(&seen, b"xxxxxxxx");
+    give(&user, "a-1", "y");
+    from.read_exact(&mut seen[..1]).expect("what it says");
+    assert_eq!(seen[0], b'y');
     give(&user, "a-1", "u");
     await_how(&user, "a-1", "crashed");
     assert!(watch.wait().expect("it ends with the vm").success());
