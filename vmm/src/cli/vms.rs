@@ -1,4 +1,5 @@
-//! `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console`: what is done to running VMs, over their colony's socket.
+//! `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console`: what is done to running VMs, over
+//! their colony's socket.
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
