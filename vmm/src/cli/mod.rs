@@ -39,6 +39,14 @@ enum Command {
     Fork(vms::ForkArguments),
     /// List the VMs of all your colonies
     Ps(vms::PsArguments),
+    /// Stop a VM's vCPUs and let its devices complete nothing, until `salp resume`; it can be forked
+    Pause(vms::NameArguments),
+    /// Let a paused VM go on
+    Resume(vms::NameArguments),
+    /// Return a clone to its cut: memory, vCPUs and devices; it runs on from there
+    ///
+    /// Also one whose guest has crashed or ended by itself, as long as another VM of its colony lives.
+    Reset(vms::NameArguments),
     /// End a VM; with the last one its colony ends
     Stop(vms::NameArguments),
     /// Show what a VM has written and writes until it ends, and give it standard input
@@ -81,6 +89,9 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => end(run::run(&arguments)),
         Command::Fork(arguments) => end(vms::fork(&arguments)),
         Command::Ps(arguments) => end(vms::ps(&arguments)),
+        Command::Pause(arguments) => end(vms::pause(&arguments)),
+        Command::Resume(arguments) => end(vms::resume(&arguments)),
+        Command::Reset(arguments) => end(vms::reset(&arguments)),
         Command::Stop(arguments) => end(vms::stop(&arguments)),
         Command::Console(arguments) => end(vms::console(&arguments)),
         Command::Bench(arguments) => end(bench::run(&arguments)),

@@ -143,7 +143,7 @@ fn verdict(name: &str, outcome: &Outcome) -> (u8, Option<String>) {
             HowEnded::Crashed => (format!("crashed: {text}"), CRASHED),
             HowEnded::Killed => (format!("ended: {text}"), KILLED),
         },
-        (VmState::Stopped | VmState::Running, None) => {
+        (VmState::Stopped | VmState::Running | VmState::Paused, None) => {
             ("was stopped".to_owned(), interrupt::status(signal_hook::consts::SIGTERM))
         }
     };

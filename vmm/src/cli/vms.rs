@@ -1,4 +1,5 @@
-//! `salp fork`, `ps`, `stop` and `console`: what is done to running VMs, over their colony's socket.
+//! `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console`: what is done to running VMs, over
+//! their colony's socket.
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -9,7 +10,7 @@ use super::size;
 use crate::control::client::Client;
 use crate::control::place::Place;
 use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Over, Source};
-use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView};
+use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView, WantedState};
 
 /// What to fork.
 #[derive(Debug, Args)]
@@ -105,6 +106,37 @@ fn table(vms: &[VmView]) -> String {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
     rows.iter().map(line).collect()
+}
+
+/// `salp pause`.
+///
+/// # Errors
+/// There is no such VM, it has ended, or it does not stop.
+pub fn pause(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    client().set_state(&arguments.name, WantedState::Paused)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp resume`.
+///
+/// # Errors
+/// There is no such VM, or it has ended.
+pub fn resume(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    client().set_state(&arguments.name, WantedState::Running)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp reset`.
+///
+/// # Errors
+/// There is no such VM, or it cannot be reset.
+pub fn reset(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    let reset = client().reset(&arguments.name)?;
+    let (name, pages, leaves) = (&reset.name, reset.restored_pages, reset.remapped_leaves);
+    let us = reset.reset_us;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{name}  {pages} pages restored in place  {leaves} leaves mapped afresh  {us:.0} us")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `salp stop`.

@@ -1,4 +1,4 @@
-//! The other end of the socket: what `salp fork`, `ps`, `stop` and `console` do.
+//! The other end of the socket: what `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console` do.
 
 use std::io::{self, BufReader, Read as _, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,10 @@ use serde::de::DeserializeOwned;
 
 use super::http::{self, Request, ResponseHead};
 use super::place::{Found, Place};
-use super::{ControlError, ForkReply, ForkRequest, InputReply, Problem, StopReply, VmList, VmView};
+use super::{
+    ControlError, ForkReply, ForkRequest, InputReply, Problem, ResetView, StateRequest, StopReply, VmList,
+    VmView, WantedState,
+};
 
 /// How long the end of a colony may take after its last VM has been stopped.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -85,6 +88,25 @@ impl Client {
     pub fn fork(&self, name: &str, request: &ForkRequest) -> Result<ForkReply, ControlError> {
         let path = format!("/v1/vms/{name}/fork");
         call(self.connect(name)?, ACT_LIMIT, "POST", &path, request).map(|(reply, _)| reply)
+    }
+
+    /// Pauses a VM, or lets it go on.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn set_state(&self, name: &str, state: WantedState) -> Result<VmView, ControlError> {
+        let path = format!("/v1/vms/{name}");
+        let request = StateRequest { state };
+        call(self.connect(name)?, ACT_LIMIT, "PATCH", &path, &request).map(|(view, _)| view)
+    }
+
+    /// Returns a clone to its cut.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn reset(&self, name: &str) -> Result<ResetView, ControlError> {
+        let path = format!("/v1/vms/{name}/reset");
+        call(self.connect(name)?, ACT_LIMIT, "POST", &path, &()).map(|(view, _)| view)
     }
 
     /// Stops a VM; if it is the last of its colony, waits until nothing is left of that.

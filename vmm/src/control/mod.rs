@@ -10,11 +10,16 @@
 //! | `GET /v1/vms` | [`VmList`] |
 //! | `GET /v1/vms/{name}` | [`VmView`] |
 //! | `POST /v1/vms/{name}/fork` with a [`ForkRequest`] | 201, [`ForkReply`] |
+//! | `PATCH /v1/vms/{name}` with a [`StateRequest`] | [`VmView`] |
+//! | `POST /v1/vms/{name}/reset` | [`ResetView`] |
 //! | `POST /v1/vms/{name}/stop` | [`StopReply`] |
 //! | `POST /v1/vms/{name}/console` with input as it is | [`InputReply`]; the rest is to be sent again |
 //! | `GET /v1/vms/{name}/console` | the output from its beginning, as it comes, to the VM's end |
 //!
 //! After a stop that ends the colony the connection stays open until nothing is left of it.
+//!
+//! A clone whose guest has ended is kept for a reset, [`KEPT_LIMIT`](service::KEPT_LIMIT) of them, as long
+//! as another VM of the colony runs or is paused.
 //!
 //! | module | what |
 //! |---|---|
@@ -74,6 +79,14 @@ pub enum ControlError {
         name: String,
         /// How it ended.
         how: String,
+    },
+    /// The VM cannot be reset.
+    #[error("{name} cannot be reset: {reason}")]
+    NotResettable {
+        /// Its name.
+        name: String,
+        /// Why not.
+        reason: String,
     },
     /// Its colony was killed.
     #[error("the colony of {0} was killed: {0} is gone, what was left of it is cleaned up")]
@@ -149,6 +162,7 @@ impl ControlError {
             Self::Unknown(_) => (404, "unknown-vm"),
             Self::Taken(_) => (409, "name-taken"),
             Self::NotRunning { .. } => (409, "not-running"),
+            Self::NotResettable { .. } => (409, "not-resettable"),
             Self::BadName(_) => (422, "bad-name"),
             Self::Count(_) => (422, "bad-count"),
             Self::Ending => (503, "colony-ending"),
@@ -177,6 +191,8 @@ pub struct Problem {
 pub enum VmState {
     /// It runs.
     Running,
+    /// A user has paused it.
+    Paused,
     /// A user has stopped it.
     Stopped,
     /// Its guest has ended, or its process.
@@ -191,11 +207,18 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Whether the VM has not ended: it runs or is paused.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
+
     /// The state in a few words.
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
             Self::Running => "running".to_owned(),
+            Self::Paused => "paused".to_owned(),
             Self::Stopped => "stopped".to_owned(),
             Self::Ended { how, status, text } => match (how, status) {
                 (HowEnded::Exited, Some(status)) => format!("ended with {status}"),
@@ -229,7 +252,7 @@ pub struct VmView {
     pub memory_bytes: u64,
     /// Its vCPUs.
     pub cpus: u8,
-    /// Its process, while it runs.
+    /// Its process, while it runs or is paused.
     pub pid: Option<u32>,
     /// The process of its colony.
     pub keeper_pid: u32,
@@ -280,6 +303,54 @@ pub struct CloneView {
 pub struct ForkReply {
     /// In the order of their names.
     pub clones: Vec<CloneView>,
+}
+
+/// What a VM is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateRequest {
+    /// Paused, or running.
+    pub state: WantedState,
+}
+
+/// A state that a VM can be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WantedState {
+    /// It goes on.
+    Running,
+    /// It stands still.
+    Paused,
+}
+
+/// A clone has returned to its cut.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetView {
+    /// Its name.
+    pub name: String,
+    /// Pages that got the bytes of the cut in place.
+    pub restored_pages: u64,
+    /// Leaves (2 MiB) that are mapped afresh.
+    pub remapped_leaves: u64,
+    /// The order to its process to the order to its vCPUs to run, in microseconds.
+    pub reset_us: f64,
+    /// The parts.
+    pub stages_us: ResetStages,
+}
+
+/// The parts of a reset, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetStages {
+    /// Its vCPUs stopped.
+    pub stop: f64,
+    /// No transfer was under way any more.
+    pub drain: f64,
+    /// Its memory was that of the cut.
+    pub memory: f64,
+    /// Its vCPUs and devices were those of the cut.
+    pub state: f64,
+    /// The order to run was given.
+    pub resume: f64,
 }
 
 /// A VM was stopped.

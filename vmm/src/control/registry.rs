@@ -114,15 +114,34 @@ impl Registry {
         entry.cloned().ok_or_else(|| ControlError::Unknown(name.to_owned()))
     }
 
-    /// A VM by its name, which runs.
+    /// A VM by its name, which runs or is paused.
     ///
     /// # Errors
     /// There is none, or it has ended.
-    pub fn find_running(&self, name: &str) -> Result<Entry, ControlError> {
+    pub fn find_live(&self, name: &str) -> Result<Entry, ControlError> {
         let entry = self.find(name)?;
         match entry.state {
-            VmState::Running => Ok(entry),
+            VmState::Running | VmState::Paused => Ok(entry),
             ended => Err(ControlError::NotRunning { name: entry.name, how: ended.describe() }),
+        }
+    }
+
+    /// Whether a VM is known to have ended, with a name or before it has got one.
+    #[must_use]
+    pub fn has_ended(&self, vm: VmId) -> bool {
+        let inner = lock(&self.inner);
+        match inner.entries.get(&vm) {
+            Some(entry) => !entry.state.is_live(),
+            None => inner.early.get(&vm).is_some_and(|early| early.end.is_some()),
+        }
+    }
+
+    /// Notes whether a VM that has not ended is paused. `is_paused` is asked here and not before, so that
+    /// of several who do this at the same time the last one notes what is true.
+    pub fn note_pause(&self, vm: VmId, is_paused: impl FnOnce() -> bool) {
+        let mut inner = lock(&self.inner);
+        if let Some(entry) = inner.entries.get_mut(&vm).filter(|entry| entry.state.is_live()) {
+            entry.state = if is_paused() { VmState::Paused } else { VmState::Running };
         }
     }
 
@@ -130,7 +149,7 @@ impl Registry {
     pub fn end(&self, vm: VmId, state: VmState) -> bool {
         let mut inner = lock(&self.inner);
         match inner.entries.get_mut(&vm) {
-            Some(entry) if entry.state == VmState::Running => {
+            Some(entry) if entry.state.is_live() => {
                 entry.state = state;
                 entry.console.close();
                 true
@@ -161,9 +180,17 @@ impl Observer for Registry {
     }
 
     fn restarted(&self, vm: VmId) {
-        if let Some(entry) = lock(&self.inner).entries.get_mut(&vm) {
-            entry.state = VmState::Running;
-            entry.console.reopen();
+        let mut inner = lock(&self.inner);
+        match inner.entries.get_mut(&vm) {
+            // It is being ended.
+            Some(entry) if entry.state == VmState::Stopped => {}
+            Some(entry) => {
+                entry.state = VmState::Running;
+                entry.console.reopen();
+            }
+            None => {
+                inner.early.entry(vm).or_default().end = None;
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 //! [`Keeper::start`] takes a name, listens, boots; [`Keeper::run`] does what follows from events until
 //! the last VM has ended or a signal comes, and leaves nothing behind.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -63,6 +64,9 @@ const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long those who are being answered may take to read the rest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
+/// How many clones that have ended are kept for a reset; then the one that ended first is let go.
+pub const KEPT_LIMIT: usize = 64;
+
 /// How much of its last output a colony leaves.
 const LAST_OUTPUT_BYTES: u64 = 2048;
 
@@ -97,8 +101,10 @@ pub(super) struct Service {
     /// Who is being answered, or written to.
     pub(super) working: Mutex<usize>,
     pub(super) rested: Condvar,
-    /// Forks on their way.
-    pub(super) forks: Mutex<usize>,
+    /// Forks and resets on their way.
+    pub(super) under_way: Mutex<usize>,
+    /// Clones whose guests have ended and that can be reset, the longest ended first.
+    pub(super) kept: Mutex<VecDeque<VmId>>,
     /// Connections that close when nothing of the colony is left.
     pub(super) farewells: Mutex<Vec<UnixStream>>,
 }
@@ -151,7 +157,8 @@ impl Keeper {
             cpus: settings.cpus,
             working: Mutex::new(0),
             rested: Condvar::new(),
-            forks: Mutex::new(0),
+            under_way: Mutex::new(0),
+            kept: Mutex::default(),
             farewells: Mutex::default(),
         });
         let for_clients = Arc::clone(&service);
@@ -224,7 +231,7 @@ impl Keeper {
                 }
                 Happening::Forked(forked) => self.service.name_clones(&forked),
                 Happening::Ended(vm) => {
-                    vm.into_iter().for_each(|vm| self.service.let_go(vm));
+                    vm.into_iter().for_each(|vm| self.service.keep_or_let_go(vm));
                     ended = vm;
                 }
             }
@@ -264,20 +271,49 @@ impl Keeper {
 }
 
 impl Service {
-    /// A VM whose guest has ended is let go: its process ends when nobody needs its pages.
-    fn let_go(&self, vm: VmId) {
-        if let Some(colony) = &*self.colony.read().unwrap_or_else(PoisonError::into_inner)
-            && let Err(error) = colony.end(vm)
+    /// A clone whose guest has ended stands still from now on, for a reset. Any other VM is let go: its
+    /// process ends when nobody needs its pages.
+    fn keep_or_let_go(&self, vm: VmId) {
+        let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(colony) = &*colony else { return };
+        let mut kept = lock(&self.kept);
+        // Otherwise it has been reset meanwhile.
+        if !self.registry.has_ended(vm) {
+            return;
+        }
+        if colony.parent(vm).is_none() {
+            return let_go(colony, vm);
+        }
+        // Its other vCPUs may run still.
+        if let Err(error) = colony.pause(vm) {
+            tracing::debug!(%vm, %error, "a clone that has ended is not kept");
+            return let_go(colony, vm);
+        }
+        // A reset that came first has let it run again, and it was that which has just been paused.
+        if !self.registry.has_ended(vm) {
+            if let Err(error) = colony.resume(vm) {
+                tracing::debug!(%vm, %error, "a clone is gone that was just reset");
+            }
+            return;
+        }
+        kept.push_back(vm);
+        if kept.len() > KEPT_LIMIT
+            && let Some(oldest) = kept.pop_front()
         {
-            tracing::debug!(%error, "a vm that had ended was gone already");
+            let_go(colony, oldest);
         }
     }
 
-    /// No VM runs, and none is on its way.
+    /// No VM runs or is paused, and none is on its way. Clones that have ended are no reason to stay.
     fn is_empty(&self) -> bool {
         let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        colony.as_ref().is_none_or(|colony| self.is_over(colony))
+    }
+
+    /// As [`is_empty`](Self::is_empty).
+    pub(super) fn is_over(&self, colony: &Colony) -> bool {
         // In this order: a fork on its way makes VMs before it is counted off.
-        *lock(&self.forks) == 0 && colony.as_ref().is_none_or(|colony| colony.vms().is_empty())
+        *lock(&self.under_way) == 0 && colony.vms().iter().all(|vm| self.registry.has_ended(*vm))
     }
 
     /// Gives the clones of a guest's own fork names and consoles.
@@ -342,6 +378,12 @@ impl Service {
         let pid = colony.member(vm).map_or(0, |member| member.process());
         let parent = Some(source.to_owned());
         self.registry.add(Entry { name, vm, parent, pid, state: VmState::Running, console });
+    }
+}
+
+fn let_go(colony: &Colony, vm: VmId) {
+    if let Err(error) = colony.end(vm) {
+        tracing::debug!(%error, "a vm that had ended was gone already");
     }
 }
 

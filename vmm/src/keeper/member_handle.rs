@@ -327,6 +327,8 @@ impl MemberHandle {
             Event::ForkAsked { vcpu } => post(Job::ForkAsked { vm: self.vm(), vcpu }),
             Event::ResetAsked { vcpu } => post(Job::ResetAsked { vm: self.vm(), vcpu }),
             Event::Restarting => {
+                // Before anybody is told, who could ask: it runs.
+                self.is_paused.store(false, Ordering::SeqCst);
                 if let Some(observer) = observer() {
                     observer.restarted(self.vm());
                 }

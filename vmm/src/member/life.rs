@@ -370,7 +370,12 @@ impl Member {
     }
 
     fn quiesce(&mut self) -> Answer {
-        stop_all(&self.vcpus, STOP_LIMIT)?;
+        if let Err(error) = stop_all(&self.vcpus, STOP_LIMIT) {
+            if self.held.is_none() {
+                self.resume_vcpus()?;
+            }
+            return Err(error.into());
+        }
         if self.held.is_none() {
             self.held = Some(self.gate.hold());
         }
