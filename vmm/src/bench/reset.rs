@@ -13,8 +13,6 @@ use crate::member::messages::ResetReply;
 const DIRTY_PAGES: [u64; 3] = [0, 50, 1_000];
 /// Other clones of the same cut that are alive.
 const OTHERS: [usize; 2] = [0, 16];
-/// Resets of one clone in a row, of which each is a run.
-const IN_A_ROW: usize = 10;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,11 +56,9 @@ impl Bench<'_> {
                 let params = case.params(cell);
                 for counts in self.runs(u32::MAX) {
                     self.check_interrupt()?;
-                    for _ in 0..IN_A_ROW {
-                        let (reply, us) = self.reset_once(&source, clone, &case, run)?;
-                        if counts {
-                            self.add_reset(&case, &params, &reply, us);
-                        }
+                    let (reply, us) = self.reset_once(&source, clone, &case, run)?;
+                    if counts {
+                        self.add_reset(&case, &params, &reply, us);
                     }
                     self.tick();
                 }

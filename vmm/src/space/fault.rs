@@ -86,7 +86,7 @@ impl<H: Host> Space<H> {
                 area.set_map(leaf, LeafMap::Own);
                 self.host.wake(leaf)?;
             }
-            Found::Shared { block: Some(block), patches: None } if self.placeholder.get() == Some(&block) => {
+            Found::Shared { block: Some(block), patches: None } if self.is_over_block(leaf, block) => {
                 area.set_map(leaf, LeafMap::Block(block));
                 self.host.unregister(leaf)?;
                 self.set_backing(leaf, Backing::Block(block));
@@ -107,12 +107,18 @@ impl<H: Host> Space<H> {
                 return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
         }
+        self.set_departed(leaf, false);
         self.counters.leaves_resolved.fetch_add(1, Ordering::Relaxed);
         if self.is_cut_reserved() {
             self.host.register(leaf, 1, super::Traps::Stores)?;
             self.leaves[leaf.index()].registered.store(1, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Whether a trapped leaf lies over this block already: it was never mapped anew.
+    fn is_over_block(&self, leaf: LeafNumber, block: CutId) -> bool {
+        self.placeholder.get() == Some(&block) && !self.has_departed(leaf)
     }
 
     /// The VM is ending and its vCPUs have been told to stop: whoever waits for a page is freed. What

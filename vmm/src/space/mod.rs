@@ -132,7 +132,8 @@ struct Leaf {
     registered: AtomicU32,
     /// [`OPEN`], [`PROTECTED`] or [`PARTLY_PROTECTED`].
     protected: AtomicU32,
-    /// 1 = it maps something else than what the VM shared there when it began.
+    /// 1 = it maps something else than what the VM shared there when it began; or it traps, and not over
+    /// the file that the window began over.
     departed: AtomicU32,
 }
 

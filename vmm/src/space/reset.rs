@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backing, Host, OPEN, Space, SpaceError};
 use crate::board::LeafMap;
-use crate::frames::CutId;
 use crate::tables::Found;
 use crate::words::{LeafNumber, PageSet, wide};
 
@@ -35,7 +34,9 @@ impl<H: Host> Space<H> {
     /// The VM is no clone, or a page is pinned: nothing has changed. The host refused: the memory is
     /// in between, and must be reset again before anybody uses it.
     pub fn reset(&self) -> Result<ResetFigures, SpaceError> {
-        let origin = self.placeholder.get().copied().ok_or(SpaceError::NoOrigin)?;
+        if self.placeholder.get().is_none() {
+            return Err(SpaceError::NoOrigin);
+        }
         let _cutting = self.cutting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Whoever is still at a leaf that it has just opened for a store says first what that leaf is.
         drop(self.remap.write().unwrap_or_else(std::sync::PoisonError::into_inner));
@@ -48,13 +49,15 @@ impl<H: Host> Space<H> {
             self.with_open_leaf(leaf, || Ok(()))?;
         }
         let mut figures = ResetFigures::default();
-        for leaf in self.shape.leaves().filter(|leaf| self.has_departed(*leaf)) {
-            self.return_leaf(leaf, origin, &mut figures)?;
+        let is_elsewhere =
+            |leaf: &LeafNumber| self.has_departed(*leaf) && self.backing(*leaf) != Backing::Trapped;
+        for leaf in self.shape.leaves().filter(is_elsewhere) {
+            self.return_leaf(leaf, &mut figures)?;
         }
         let is_known = |leaf| matches!(self.backing(leaf), Backing::Anonymous | Backing::Block(_));
         for (first, count) in self.runs(is_known) {
             for (leaf, states) in self.host.scan(first, count)? {
-                self.restore_leaf(leaf, &states.anonymous, origin, &mut figures)?;
+                self.restore_leaf(leaf, &states.anonymous, &mut figures)?;
             }
         }
         Ok(figures)
@@ -65,7 +68,6 @@ impl<H: Host> Space<H> {
         &self,
         leaf: LeafNumber,
         pages: &PageSet,
-        origin: CutId,
         figures: &mut ResetFigures,
     ) -> Result<(), SpaceError> {
         let backing = self.backing(leaf);
@@ -73,11 +75,11 @@ impl<H: Host> Space<H> {
             Found::Shared { block, patches } => (block, patches),
             Found::Zero => (None, None),
             // A leaf that is known was neither when it was found out.
-            Found::Pending(_) | Found::Lost => return self.return_leaf(leaf, origin, figures),
+            Found::Pending(_) | Found::Lost => return self.return_leaf(leaf, figures),
         };
         let is_same = backing == block.map_or(Backing::Anonymous, Backing::Block);
         if !is_same || pages.len() > RESTORE_LIMIT {
-            return self.return_leaf(leaf, origin, figures);
+            return self.return_leaf(leaf, figures);
         }
         let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
         let _leaf = self.lock_leaf(leaf);
@@ -88,23 +90,17 @@ impl<H: Host> Space<H> {
     }
 
     /// Makes a leaf trap as when the clone began, and maps it if that needs nobody's answer.
-    fn return_leaf(
-        &self,
-        leaf: LeafNumber,
-        origin: CutId,
-        figures: &mut ResetFigures,
-    ) -> Result<(), SpaceError> {
+    fn return_leaf(&self, leaf: LeafNumber, figures: &mut ResetFigures) -> Result<(), SpaceError> {
         {
             let _leaf = self.lock_leaf(leaf);
             let _remap = self.remapping();
-            // Until it traps: after a refusal the next reset comes back to it.
+            // Also if it is refused: the next reset comes back to it.
             self.set_departed(leaf, true);
-            self.host.trap(leaf, origin)?;
+            self.host.trap(leaf)?;
             self.set_backing(leaf, Backing::Trapped);
             self.board.member(self.slot).set_map(leaf, LeafMap::Unknown);
             self.leaves[leaf.index()].registered.store(0, std::sync::atomic::Ordering::Release);
             self.set_protected(leaf, OPEN);
-            self.set_departed(leaf, false);
         }
         figures.dropped_leaves += 1;
         self.resolve_if_known(leaf)

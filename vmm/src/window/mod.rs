@@ -85,6 +85,10 @@ pub struct Window {
     pagemap: Pagemap,
     files: Arc<dyn FrameFiles>,
     cuts: Mutex<BTreeMap<CutId, Arc<CutFiles>>>,
+    /// Whose turn it is to write into the arena. All of a cut is written to one file, whose lock in the
+    /// kernel is unfair: a publisher that goes from leaf to leaf would keep out for milliseconds whoever
+    /// waits for just one.
+    turn: parking_lot::FairMutex<()>,
     /// Block files mapped beside the window, to restore pages from.
     images: Mutex<BTreeMap<CutId, Arc<Reservation>>>,
 }
@@ -105,6 +109,7 @@ impl Window {
             pagemap: Pagemap::open_own()?,
             files,
             cuts: Mutex::new(BTreeMap::new()),
+            turn: parking_lot::FairMutex::new(()),
             images: Mutex::new(BTreeMap::new()),
         })
     }
@@ -298,8 +303,8 @@ impl Host for Window {
         self.memory.discard(range).map_err(failed("discarding", first.leaf()))
     }
 
-    fn trap(&self, leaf: LeafNumber, cut: CutId) -> Result<(), HostError> {
-        self.trap_leaf(leaf, cut).map_err(failed("trapping", leaf))
+    fn trap(&self, leaf: LeafNumber) -> Result<(), HostError> {
+        self.trap_leaf(leaf).map_err(failed("trapping", leaf))
     }
 
     fn restore(

@@ -16,12 +16,12 @@ use crate::space::{Patch, Traps};
 use crate::words::{LeafNumber, PAGE_BYTES, PageSet, index, wide};
 
 impl Window {
-    /// Maps the file of `cut` at a leaf and registers it for touches.
-    pub(super) fn trap_leaf(&self, leaf: LeafNumber, cut: CutId) -> io::Result<()> {
+    /// Maps fresh anonymous memory at a leaf and registers it for first accesses. (The file that the
+    /// window began over may be gone.)
+    pub(super) fn trap_leaf(&self, leaf: LeafNumber) -> io::Result<()> {
         let range = self.leaf_span(leaf);
-        let file = self.files.open(&cut.block_file())?;
-        self.memory.map_file(range.clone(), file.as_fd(), range.start)?;
-        self.userfault.register(self.memory.host(range), Traps::Touches)
+        self.memory.map_anonymous(range.clone(), self.is_huge)?;
+        self.userfault.register(self.memory.host(range), Traps::Misses)
     }
 
     /// Copies into pages that are the window's own.

@@ -288,7 +288,7 @@ impl Host for SimHost {
         for leaf in (first.0..first.0 + count).map(LeafNumber) {
             self.with_leaf(leaf, |state| match traps {
                 Traps::Stores => state.traps_stores = true,
-                Traps::Touches => state.traps_touches = true,
+                Traps::Touches | Traps::Misses => state.traps_touches = true,
             });
         }
         Ok(())
@@ -415,9 +415,9 @@ impl Host for SimHost {
         Ok(())
     }
 
-    fn trap(&self, leaf: LeafNumber, cut: CutId) -> Result<(), HostError> {
-        self.try_call(Call::MapBlock, "mapping a cut's file", leaf)?;
-        self.replace(leaf, Mapping::File(cut));
+    fn trap(&self, leaf: LeafNumber) -> Result<(), HostError> {
+        self.try_call(Call::MapAnonymous, "mapping anonymous memory", leaf)?;
+        self.replace(leaf, Mapping::Anonymous);
         self.try_call(Call::Register, "registering", leaf)?;
         self.with_leaf(leaf, |state| state.traps_touches = true);
         Ok(())
