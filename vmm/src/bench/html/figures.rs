@@ -431,7 +431,26 @@ fn many(some: &Chosen<'_>, note: &str) -> Vec<Option<String>> {
         &groups,
         &all,
     );
-    vec![density, burst]
+    vec![density, burst, calls_in_a_row(some, note)]
+}
+
+/// Of many fork calls the worst counts: median, 99th percentile and maximum beside each other.
+fn calls_in_a_row(some: &Chosen<'_>, note: &str) -> Option<String> {
+    let of = |name: &str, class: &'static str, pick: fn(&Record) -> f64| {
+        let mark = |record| Mark { p50: pick(record), p90: pick(record), ..Mark::of(record) };
+        let marks = ["call_of_many", "pause_of_many"].map(|quantity| some.of(quantity).first().map(mark));
+        Bars { name: name.to_owned(), class, marks: marks.into() }
+    };
+    let all = [
+        of("median", "salp", |record| record.p50),
+        of("99th percentile", "running-bar", |record| record.p99),
+        of("maximum", "bare", |record| record.max),
+    ];
+    let calls = some.of("call_of_many").values("calls").join(", ");
+    let title = "One fork after another, all clones alive";
+    let note = format!("{note}, {calls} calls");
+    let groups = ["call", "pause"].map(str::to_owned);
+    bar_figure((title, &note, ""), Unit::Microseconds, Axis::Logarithmic, &groups, &all)
 }
 
 fn after(some: &Chosen<'_>, note: &str) -> Vec<Option<String>> {
