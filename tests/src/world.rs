@@ -53,7 +53,7 @@ impl Default for Setup {
             memory_mib: 16,
             vcpus: 1,
             is_huge: true,
-            publication: Publication { in_background: false, keep: Keep::Own },
+            publication: Publication { in_background: false, keep: Keep::Own, keep_later: Keep::Own },
             is_resettable: true,
             command_line: "case=puppet".to_owned(),
         }

@@ -60,7 +60,8 @@ impl Source {
         let mut colony = ColonyConfig::new(memory);
         colony.is_huge = is_huge;
         colony.guest = guest;
-        colony.publication = Publication { in_background: publishing == Publishing::InBackground, keep };
+        colony.publication =
+            Publication { in_background: publishing == Publishing::InBackground, keep, keep_later: keep };
         colony.pool = pool;
         colony.members = colony.members.max(MEMBERS);
         colony.program = Some(program.to_owned());

@@ -51,7 +51,7 @@ impl ColonyConfig {
             vcpus: 1,
             irqchip: Irqchip::Split,
             guest: GuestKind::Kvm,
-            publication: Publication { in_background: true, keep: Keep::Own },
+            publication: Publication { in_background: true, keep: Keep::Own, keep_later: Keep::Shared },
             is_resettable: true,
             pool: 2,
             members: 256,

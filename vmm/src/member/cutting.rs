@@ -46,6 +46,7 @@ impl Member {
         match result {
             Ok((reply, extents)) => {
                 self.is_at_origin = false;
+                self.cuts += 1;
                 self.just_cut = Some(cut);
                 Ok((Reply::Cut(Box::new(reply)), extents))
             }

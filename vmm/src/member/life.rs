@@ -28,7 +28,7 @@ use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, rouse_all, stop_all};
-use crate::space::{Access, Space, SpaceError};
+use crate::space::{Access, Keep, Space, SpaceError};
 use crate::window::{Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
@@ -51,6 +51,8 @@ pub struct Member {
     life: Option<Life>,
     /// While quiesced.
     pub(super) held: Option<HeldGate>,
+    /// How many cuts of it there were.
+    pub(super) cuts: u64,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
     /// What it took to map the window of a clone, in nanoseconds.
@@ -101,6 +103,7 @@ impl Member {
             memory: Some(shell.memory),
             life: None,
             held: None,
+            cuts: 0,
             just_cut: None,
             window_ns: 0,
             origin: None,
@@ -190,7 +193,7 @@ impl Member {
             if self.setup.publication.in_background
                 && let Ok(life) = self.life()
             {
-                life.services.publish(self.setup.publication.keep);
+                life.services.publish(self.keep());
             }
         }
         if let Some(mut reset) = self.just_reset.take() {
@@ -200,6 +203,12 @@ impl Member {
         if let Some(life) = &self.life {
             life.services.reap();
         }
+    }
+
+    /// What the VM does with its own copies of what is published.
+    fn keep(&self) -> Keep {
+        let publication = &self.setup.publication;
+        if self.cuts > 1 { publication.keep_later } else { publication.keep }
     }
 
     pub(super) fn life(&self) -> Result<&Life, MemberError> {

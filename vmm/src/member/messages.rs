@@ -30,6 +30,9 @@ pub struct Publication {
     pub in_background: bool,
     /// What the source does with its own copies.
     pub keep: Keep,
+    /// The same from its second cut on. A source that keeps its own is published whole at each cut, for
+    /// nobody knows what it has written since the last; one that shares has only what it has written.
+    pub keep_later: Keep,
 }
 
 /// What a member is made for: the first message, with the board and the arena as descriptors.
