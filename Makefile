@@ -5,10 +5,10 @@ CARGO ?= cargo
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench bench-smoke test lint fmt linux-guest clean
+.PHONY: help build demo bench bench-smoke test lint fmt linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build salp, optimised: target/release/salp
 	$(CARGO) build --release --package salp
@@ -17,8 +17,9 @@ demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo
 
 # Other sizes and runs: `target/release/salp bench --help`.
-bench: build ## Measure what a clone costs, against other ways to a second VM
-	target/release/salp bench all --json target/bench.json --csv target/bench.csv
+bench: build ## Measure what a clone costs, against other ways to a second VM: target/bench.html
+	target/release/salp bench all --memory 128M,512M,1G,8G --runs 10 --burst 100,1000 \
+		--json target/bench.json --csv target/bench.csv --report target/bench.html
 
 bench-smoke: ## Check that the benchmark works: records come out and parse
 	$(CARGO) build --package salp
@@ -26,7 +27,7 @@ bench-smoke: ## Check that the benchmark works: records come out and parse
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
 # The whole-system tests start the binary `salp` of the same profile: it is built first.
-test: lint ## Check and test everything; what the host cannot do is reported as SKIPPED
+test: lint linux-guest-if-possible ## Check and test everything; what the host cannot do is reported as SKIPPED
 	$(CARGO) build --workspace
 	$(CARGO) test --workspace --no-fail-fast -- --test-threads=$(TEST_THREADS) --show-output
 
@@ -39,8 +40,16 @@ lint: ## Check formatting and clippy's rules
 fmt: ## Format all code
 	$(CARGO) fmt --all
 
-linux-guest: ## Build a Linux to boot and fork, from Debian's source package: target/linux-guest/vmlinux
+linux-guest: ## Build a Linux to boot and fork, from Debian's packages: target/linux-guest
 	resources/linux/build.sh
+
+# From the cache in a moment; the first time in some minutes, with apt-get as root.
+linux-guest-if-possible:
+	@resources/linux/build.sh || \
+		echo "********** SKIPPED: all tests with a Linux guest, since it could not be built **********"
+
+linux-figures: build linux-guest ## Measure boot and fork of the Linux guest
+	resources/linux/figures.sh
 
 clean: ## Remove what was built
 	$(CARGO) clean

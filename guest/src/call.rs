@@ -40,6 +40,11 @@ pub(crate) fn fork() -> Result<u64, ForkRefused> {
     }
 }
 
+/// Asks for this VM's return to its cut; comes back only where that cannot be.
+pub(crate) fn reset() -> u64 {
+    call(call::RESET, Arguments::default()).0
+}
+
 /// The host could not fork.
 #[derive(Debug)]
 pub(crate) struct ForkRefused;

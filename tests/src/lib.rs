@@ -6,16 +6,22 @@
 //! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`dma`] | the DMA engine, driven by a puppet |
+//! | [`images`] | kernels of a few instructions |
+//! | [`user`] | a user of the commands |
 //! | [`procs`] | processes, their descriptors, threads, mappings: what must not leak
+//! | [`linux`] | Linux guests: their consoles, and when they said what |
 //! | [`probe`] | what the host says of a member: frame numbers, descriptors, threads |
 //!
 //! Every test runs with both guests, see [`both_guests`]. Whatever is waited for is an event with a
 //! time limit. A world that ends well has been checked, and has left nothing behind.
 
 pub mod dma;
+pub mod images;
+pub mod linux;
 pub mod procs;
 pub mod probe;
 pub mod row;
+pub mod user;
 pub mod world;
 
 pub use salp::member::messages::GuestKind;

@@ -41,6 +41,8 @@ pub struct Setup {
     pub is_huge: bool,
     /// When lent pages are published.
     pub publication: Publication,
+    /// Whether clones keep what they began with.
+    pub is_resettable: bool,
     /// The built-in guest's command line.
     pub command_line: String,
 }
@@ -51,7 +53,8 @@ impl Default for Setup {
             memory_mib: 16,
             vcpus: 1,
             is_huge: true,
-            publication: Publication { in_background: false, keep: Keep::Own },
+            publication: Publication { in_background: false, keep: Keep::Own, keep_later: Keep::Own },
+            is_resettable: true,
             command_line: "case=puppet".to_owned(),
         }
     }
@@ -141,6 +144,7 @@ impl World {
         config.vcpus = setup.vcpus;
         config.is_huge = setup.is_huge;
         config.publication = setup.publication;
+        config.is_resettable = setup.is_resettable;
         config.program = Some(program());
         if !setup.is_huge {
             config.arena = ArenaChoice::SmallPages;

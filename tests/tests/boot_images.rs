@@ -1,13 +1,8 @@
-//! Other people's kernels: a bare ELF image of a few instructions and, where there is one to be had, a
-//! Linux. Each is forked while it runs, and so is a clone. Then all images that must be refused.
-//!
-//! The Linux kernel is the file that `SALP_TEST_KERNEL` names, with the initrd `SALP_TEST_INITRD`; else
-//! what `make linux-guest` has built. Without either the test says SKIPPED.
+//! Other people's kernels: a bare ELF image of a few instructions, forked while it runs, and so is a clone.
+//! Then all images that must be refused. `linux_guest.rs` has the Linux.
 
-use std::env;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use salp::family::VmId;
@@ -15,12 +10,14 @@ use salp::keeper::{Colony, ColonyConfig, ColonyError};
 use salp::kvm::Irqchip;
 use salp::member::messages::GuestKind;
 use salp::words::MemoryShape;
+use salp_tests::images::{
+    CODE, COUNTER, ECHO, HALT, LATE_HALT, PROMPT, RESET, TRIPLE_FAULT, WAIT, bare_image, counts, image,
+    pvh_note,
+};
 use salp_tests::procs::salp_binary;
 use salp_tests::world::can_run;
 
 const LIMIT: Duration = Duration::from_secs(120);
-const LINUX_COMMAND_LINE: &str = "console=ttyS0 quiet lpj=10384568 rodata=off noxsave panic=-1 reboot=k \
-     rdinit=/init clearcpuid=popcnt,smap,smep,cx16,rdrand,rdseed,fsgsbase,invpcid,pcid";
 
 fn colony(test: &str, memory_mib: u64, irqchip: Irqchip) -> Option<Colony> {
     colony_of(test, memory_mib, irqchip, 1)
@@ -66,89 +63,6 @@ fn fork(colony: &Colony, vm: VmId) -> VmId {
 }
 
 // ---- a bare image ----
-
-/// Counts at 3 MiB, and prints the count as eight letters (a = 0 to p = 15) and a newline, for ever.
-const COUNTER: &[u8] = &[
-    0x48, 0xbb, 0x00, 0x00, 0x30, 0x00, 0x00, 0x00, 0x00, 0x00, // mov rbx, 0x300000
-    0x48, 0xff, 0x03, // next: inc qword [rbx]
-    0x48, 0x8b, 0x33, // mov rsi, [rbx]
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb9, 0x08, 0x00, 0x00, 0x00, // mov ecx, 8
-    0x48, 0x89, 0xf0, // digit: mov rax, rsi
-    0xc1, 0xe8, 0x1c, // shr eax, 28
-    0x04, 0x61, // add al, 'a'
-    0xee, // out dx, al
-    0xc1, 0xe6, 0x04, // shl esi, 4
-    0xff, 0xc9, // dec ecx
-    0x75, 0xf0, // jnz digit
-    0xb0, 0x0a, // mov al, 10
-    0xee, // out dx, al
-    0xb9, 0xd0, 0x07, 0x00, 0x00, // mov ecx, 2000
-    0xff, 0xc9, // wait: dec ecx
-    0x75, 0xfc, // jnz wait
-    0xeb, 0xd3, // jmp next
-];
-/// Prints what it reads.
-const ECHO: &[u8] = &[
-    0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
-    0xec, // poll: in al, dx
-    0xa8, 0x01, // test al, 1
-    0x74, 0xfb, // jz poll
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xec, // in al, dx
-    0xee, // out dx, al
-    0xeb, 0xef, // jmp from the start
-];
-/// Says "?" without a newline, then enables no interrupt, as a driver that has finished.
-const PROMPT: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
-    0xb0, 0x3f, // mov al, '?'
-    0xee, // out dx, al
-    0xff, 0xc2, // inc edx
-    0xb0, 0x00, // mov al, 0
-    0xee, // out dx, al
-    0xeb, 0xfe, // jmp here
-];
-/// Asks the keyboard controller for a reset.
-const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]; // mov al, 0xfe; out 0x64, al; hlt
-/// An exception without a table for it.
-const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b]; // ud2
-
-const CODE: u64 = 2 << 20;
-const HEADERS: usize = 64 + 56;
-
-/// A static ELF64 executable whose one segment is `code`, at 2 MiB.
-fn bare_image(code: &[u8]) -> Vec<u8> {
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    for half in [2_u16, 62] {
-        image.extend(half.to_le_bytes());
-    }
-    image.extend(1_u32.to_le_bytes());
-    for word in [CODE, 64, 0] {
-        image.extend(word.to_le_bytes());
-    }
-    image.extend(0_u32.to_le_bytes());
-    for half in [64_u16, 56, 1, 64, 0, 0] {
-        image.extend(half.to_le_bytes());
-    }
-    let len_bytes = u64::try_from(code.len()).expect("a few instructions");
-    let offset = u64::try_from(HEADERS).expect("small");
-    image.extend([1_u32, 7].into_iter().flat_map(u32::to_le_bytes));
-    image.extend([offset, CODE, CODE, len_bytes, len_bytes, 1].into_iter().flat_map(u64::to_le_bytes));
-    assert_eq!(image.len(), HEADERS);
-    image.extend(code);
-    image
-}
-
-/// The counts in whole lines.
-fn counts(text: &str) -> Vec<u32> {
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let digit = |value: u32, letter: u8| value << 4 | u32::from(letter.wrapping_sub(b'a'));
-    // A clone's first line may be the rest of one that its source had begun.
-    let whole_lines = whole.lines().filter(|line| line.len() == 8);
-    whole_lines.map(|line| line.bytes().fold(0, digit)).collect()
-}
 
 #[track_caller]
 fn assert_consecutive(vm: VmId, counts: &[u32]) {
@@ -218,6 +132,33 @@ fn a_triple_fault_is_described() {
     assert!(text.contains("0f, 0b") || text.contains("triple fault"), "{text}");
 }
 
+#[test]
+fn a_halt_with_interrupts_off_is_noticed_and_a_wait_is_not_taken_for_one() {
+    let test = "a_halt_with_interrupts_off_is_noticed_and_a_wait_is_not_taken_for_one";
+    for (code, vcpus) in [(HALT, 1), (LATE_HALT, 1), (HALT, 2)] {
+        let Some(colony) = colony_of(test, 16, Irqchip::Full, vcpus) else { return };
+        let vm = colony.boot_image(&file(&bare_image(code)), None, "").expect("an image that boots");
+        let member = colony.member(vm).expect("it lives");
+        let (status, text) = member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends");
+        assert!(status.is_none() && text.contains("halted with interrupts off"), "{text}");
+        // A clone of it is as it is.
+        let clone = fork(&colony, vm);
+        let member = colony.member(clone).expect("it lives");
+        let (_, text) = member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends");
+        assert!(text.contains("halted with interrupts off"), "{text}");
+    }
+    let waiting = colony(test, 16, Irqchip::Full).expect("as before");
+    let vm = waiting.boot_image(&file(&bare_image(WAIT)), None, "").expect("an image that boots");
+    for _ in 0..20 {
+        waiting.look_for_ends(LIMIT);
+    }
+    let clone = fork(&waiting, vm);
+    waiting.look_for_ends(LIMIT);
+    for vm in [vm, clone] {
+        assert!(waiting.member(vm).expect("it lives").state().ended.is_none());
+    }
+}
+
 // ---- images that are refused ----
 
 #[test]
@@ -231,7 +172,13 @@ fn bad_images_are_refused_with_a_reason() {
         image
     };
     let dynamic = with(64, &3_u32.to_le_bytes());
-    let bad: [(&str, Vec<u8>); 16] = [
+    let noted = |note: &[u8]| image(COUNTER, CODE, note);
+    let mut short_note = pvh_note(0);
+    short_note[4] = 2;
+    let bad: [(&str, Vec<u8>); 19] = [
+        ("entry 0x100000", noted(&pvh_note(1 << 20))),
+        ("PVH entry is 0x2", noted(&short_note)),
+        ("truncated: a segment of notes", noted(&pvh_note(0))[..220].to_vec()),
         ("neither an ELF file nor a bzImage", b"#!/bin/sh\n".to_vec()),
         ("neither an ELF file nor a bzImage", Vec::new()),
         ("truncated", good[..10].to_vec()),
@@ -271,52 +218,4 @@ fn refused(colony: &Colony, expected: &str, result: Result<VmId, ColonyError>) {
         other => panic!("not refused for {expected:?}: {other:?}"),
     }
     assert!(colony.vms().is_empty(), "a refused image leaves no vm");
-}
-
-// ---- Linux ----
-
-/// A kernel and its initrd.
-fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
-    if let (Some(kernel), Some(initrd)) = (env::var_os("SALP_TEST_KERNEL"), env::var_os("SALP_TEST_INITRD")) {
-        return Some((kernel.into(), initrd.into()));
-    }
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/linux-guest");
-    let found = (built.join("vmlinux"), built.join("initramfs.cpio"));
-    if found.0.is_file() && found.1.is_file() {
-        return Some(found);
-    }
-    println!("SKIPPED: {test}: run `make linux-guest`, or set SALP_TEST_KERNEL and SALP_TEST_INITRD");
-    None
-}
-
-#[test]
-fn linux_is_forked_while_its_init_runs() {
-    let test = "linux_is_forked_while_its_init_runs";
-    let Some((kernel, initrd)) = linux(test) else { return };
-    let Some(colony) = colony(test, 64, Irqchip::Full) else { return };
-    assert!(fs::metadata(&kernel).is_ok(), "{} is no file", kernel.display());
-    let (kernel, initrd) = (File::open(kernel).expect("a kernel"), File::open(initrd).expect("an initrd"));
-    colony.warm().expect("a pool");
-    let begun = Instant::now();
-    let root = colony.boot_image(&kernel, Some(&initrd), LINUX_COMMAND_LINE).expect("a boot");
-    await_console(&colony, root, |text| text.contains("INIT-REACHED"));
-    println!("the root reached its init after {:?}", begun.elapsed());
-    let forked = Instant::now();
-    let child = fork(&colony, root);
-    println!("forked after {:?}", forked.elapsed());
-    let before = await_console(&colony, root, |_| true).lines().count();
-    await_console(&colony, child, |text| text.lines().count() > 2);
-    let begun = Instant::now();
-    let grandchild = fork(&colony, child);
-    println!("a clone of the clone forked after {:?}", begun.elapsed());
-    for (vm, lines) in [(root, before + 3), (child, 3), (grandchild, 3)] {
-        let said = await_console(&colony, vm, |text| text.lines().count() >= lines);
-        println!("{vm} says:\n{said}");
-        assert!(!said.contains("panic") && !said.contains("BUG"), "{said}");
-        // The clones were cut after this line, and go on.
-        assert!(vm == root || !said.contains("INIT-REACHED"), "{said}");
-        let ticks = said.lines().filter_map(|line| line.strip_prefix("tick ")?.trim().parse().ok());
-        assert_consecutive(vm, &ticks.collect::<Vec<u32>>());
-    }
-    colony.check().expect("a sound state");
 }

@@ -17,6 +17,22 @@ fn signal(world: &World, vm: VmId, signal: Signal) {
     kill_process(pid, signal).expect("it is a process of this test");
 }
 
+/// Stops a member, and waits until each of its threads stands: until then one may still answer.
+fn freeze(world: &World, vm: VmId) {
+    signal(world, vm, Signal::STOP);
+    let tasks = format!("/proc/{}/task", world.member(vm).process());
+    let deadline = Instant::now() + LIMIT;
+    let stands = |task: &fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        // The state follows the name, which is in parentheses.
+        stat.rsplit(") ").next().is_some_and(|fields| fields.starts_with('T'))
+    };
+    while !fs::read_dir(&tasks).expect("the process exists").flatten().all(|task| stands(&task)) {
+        assert!(Instant::now() < deadline, "{vm} is not stopped by SIGSTOP");
+        std::thread::yield_now();
+    }
+}
+
 /// Waits until vCPU 0 of a VM sleeps inside `KVM_RUN`: the guest does not halt here, so it waits for
 /// a page, in the fault itself or for an asynchronous one.
 fn await_fault(world: &World, vm: VmId) {
@@ -41,7 +57,7 @@ fn blocked_clone(world: &World) -> (VmId, VmId) {
     let source = world.root();
     write_memory(world, source);
     let clone = world.fork(source);
-    signal(world, source, Signal::STOP);
+    freeze(world, source);
     let load = PuppetOrder { order: order::LOAD64, a: FULL.gfn(7).gpa().0, ..PuppetOrder::default() };
     world.begin(clone, 0, load);
     await_fault(world, clone);

@@ -94,6 +94,9 @@ pub mod call {
     /// Sleep until the host has something to say or the given time has passed: `rdi` =
     /// microseconds. Result 0. Costs no CPU.
     pub const SLEEP: u32 = 5;
+    /// Return this VM to the cut that it is a clone of. It does not come back: the VM goes on from
+    /// there. Result only where that cannot be: [`FAILED`].
+    pub const RESET: u32 = 7;
     /// What VM am I? Result: this VM's id, 1 for a colony's first VM.
     pub const WHO: u32 = 6;
 }
@@ -130,6 +133,13 @@ pub mod order {
     /// Copy a small routine into the page at `rdi`, then run it from there while it increments a
     /// word in its own page `rsi` times. Result: the word.
     pub const RUN_AND_WRITE: u64 = 12;
+    /// Ask for a reset ([`call::RESET`](crate::call::RESET)); result: that call's result, if it has
+    /// one.
+    pub const RESET: u64 = 15;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
+    /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`
+    /// bytes apart, for k = 1, 2, ...; look for the next order after each `rsi` stores, as in [`COUNT`],
+    /// and report their number. Result: that number.
+    pub const COUNT_STRIDE: u64 = 14;
 }

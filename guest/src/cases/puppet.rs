@@ -46,8 +46,10 @@ fn obey(order: u64, operands: Arguments) -> u64 {
         }
         order::DMA_READ => read_register(rdi),
         order::COUNT => count(rdi, rsi, rdx),
+        order::COUNT_STRIDE => count_stride(rdi, rsi, rdx, r8),
         order::FORK => call::fork().unwrap_or(calls::FAILED),
         order::RUN_AND_WRITE => run_and_write(rdi, rsi),
+        order::RESET => call::reset(),
         order::QUIT => call::exit(rdi as u32),
         unknown => {
             print(format_args!("unknown order {unknown}"));
@@ -104,6 +106,24 @@ fn count(first: u64, second: u64, every: u64) -> u64 {
         store64(second, k);
         if k % every.max(1) == 0 && call::progress(Arguments { rdi: k, ..Arguments::default() }) {
             return k;
+        }
+    }
+}
+
+/// Goes over pages until the host has the next order.
+fn count_stride(first: u64, every: u64, pages: u64, stride: u64) -> u64 {
+    let (mut round, mut stores, mut next) = (0, 0, every.max(1));
+    loop {
+        round += 1;
+        for i in 0..pages {
+            store64(first.wrapping_add(i.wrapping_mul(stride)), round);
+            stores += 1;
+            if stores == next {
+                next += every.max(1);
+                if call::progress(Arguments { rdi: stores, ..Arguments::default() }) {
+                    return stores;
+                }
+            }
         }
     }
 }

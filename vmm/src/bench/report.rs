@@ -25,6 +25,15 @@ pub enum Unit {
     /// Mebibytes a second.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
+    /// Kibibytes.
+    #[serde(rename = "KiB")]
+    Kibibytes,
+    /// Hundredths of what it is compared with.
+    #[serde(rename = "%")]
+    Percent,
+    /// A number of things.
+    #[serde(rename = "count")]
+    Count,
 }
 
 impl Unit {
@@ -33,6 +42,9 @@ impl Unit {
             Self::Microseconds => "us",
             Self::MicrosecondsPerPage => "us/page",
             Self::MebibytesPerSecond => "MiB/s",
+            Self::Kibibytes => "KiB",
+            Self::Percent => "%",
+            Self::Count => "count",
         }
     }
 }
@@ -138,6 +150,16 @@ pub fn json(records: &[Record], host: &Value) -> Result<String, serde_json::Erro
     serde_json::to_string_pretty(&list)
 }
 
+/// What [`json`] has written.
+///
+/// # Errors
+/// It is not that.
+pub fn from_json(text: &str) -> Result<(Vec<Record>, Value), serde_json::Error> {
+    let mut list: Vec<Value> = serde_json::from_str(text)?;
+    let host = list.pop().and_then(|mut last| last.get_mut("host").map(Value::take)).unwrap_or(Value::Null);
+    Ok((list.into_iter().map(serde_json::from_value).collect::<Result<_, _>>()?, host))
+}
+
 /// The records as CSV, parameters in one column as `name=value` words.
 #[must_use]
 pub fn csv(records: &[Record]) -> String {
@@ -190,7 +212,7 @@ fn ratio(records: &[Record], of: &Record) -> Option<f64> {
     let salp = records.iter().find(is_salps)?;
     // Stages of one name are parts of different wholes, and an order's own cost is no figure of merit.
     let is_comparable = !of.quantity.starts_with("stage.") && of.quantity != "order_trip";
-    (is_comparable && of.subject != SALP && salp.p50 > 0.0).then(|| of.p50 / salp.p50)
+    (is_comparable && of.subject != SALP && salp.p50 > 0.0 && of.p50 > 0.0).then(|| of.p50 / salp.p50)
 }
 
 /// The subject of salp's own figures.
@@ -206,7 +228,7 @@ fn show(value: f64) -> String {
     }
 }
 
-fn show_params(params: &Params) -> String {
+pub(super) fn show_params(params: &Params) -> String {
     let word = |(name, value): (&String, &Value)| match value {
         Value::String(text) => format!("{name}={text}"),
         other => format!("{name}={other}"),
@@ -258,11 +280,8 @@ mod tests {
     fn records_survive_json() {
         let records = samples(&[1.5, 2.5]).records();
         let text = json(&records, &serde_json::json!({ "kernel": "any" })).expect("plain figures");
-        let list: Vec<Value> = serde_json::from_str(&text).expect("as written");
-        assert_eq!(list.len(), 2);
-        let first: Record = serde_json::from_value(list[0].clone()).expect("as written");
-        assert_eq!(first, records[0]);
-        assert_eq!(list[1]["host"]["kernel"], "any");
+        let (read, host) = from_json(&text).expect("as written");
+        assert_eq!((read, &host["kernel"]), (records.clone(), &Value::from("any")));
         assert_eq!(csv(&records).lines().count(), 2);
     }
 }

@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use super::BenchError;
 use crate::member::messages::PuppetOrder;
-use crate::words::{MemoryShape, PAGE_BYTES, PAGE_SHIFT, wide};
+use crate::words::{LEAF_BYTES, LEAF_PAGES, MemoryShape, PAGE_BYTES, PAGE_SHIFT, wide};
 
+/// The most pages that a [`Work`] writes in each of its parts.
+const WRITTEN_PAGES: u64 = 1 << 13;
 /// Orders that do nothing, to know what an order costs by itself.
 pub(super) const TRIPS: usize = 9;
 
@@ -33,6 +35,38 @@ impl PageRun {
         PuppetOrder { order: order::SUM_STRIDE, b: 0, ..self.store(0) }
     }
 
+    /// The order that stores `value` at the start of the first page of each leaf, from the first page on.
+    #[must_use]
+    pub fn store_once_a_leaf(&self, value: u64) -> PuppetOrder {
+        PuppetOrder { c: self.leaves(), d: wide(LEAF_BYTES), ..self.store(value) }
+    }
+
+    /// How many stores that order makes.
+    #[must_use]
+    pub fn leaves(&self) -> u64 {
+        self.pages.div_ceil(wide(LEAF_PAGES))
+    }
+
+    /// The order that stores `value` in `count` pages, spread evenly.
+    #[must_use]
+    pub fn store_scattered(&self, count: u64, value: u64) -> PuppetOrder {
+        let stride = (self.pages / count.max(1)).max(1) << PAGE_SHIFT;
+        PuppetOrder { c: count.min(self.pages), d: stride, ..self.store(value) }
+    }
+
+    /// The order that goes over the pages until there is another, looking for it once in `stores`
+    /// stores.
+    #[must_use]
+    pub fn walk(&self, stores: u64) -> PuppetOrder {
+        PuppetOrder { order: order::COUNT_STRIDE, b: stores, ..self.store(0) }
+    }
+
+    /// The same over one page of each leaf.
+    #[must_use]
+    pub fn walk_leaves(&self, leaves: u64, stores: u64) -> PuppetOrder {
+        PuppetOrder { c: leaves.min(self.leaves()), d: wide(LEAF_BYTES), ..self.walk(stores) }
+    }
+
     /// The pages `[from, to)` of this run.
     #[must_use]
     pub fn part(&self, from: u64, to: u64) -> Self {
@@ -57,12 +91,57 @@ pub fn free_runs(shape: MemoryShape, bytes: u64) -> Vec<PageRun> {
     runs
 }
 
+/// The most pages of a [`FirstRead`]: 1 MiB.
+const FIRST_READ_PAGES: u64 = 256;
+
+/// Up to 1 MiB that a clone reads, every word of it, as its first answer of use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstRead {
+    run: PageRun,
+    value: u64,
+}
+
+impl FirstRead {
+    /// Of the first of `runs`, in which the source has stored `value` at the start of each page and
+    /// nothing else. None where there are no pages.
+    #[must_use]
+    pub fn of(runs: &[PageRun], value: u64) -> Option<Self> {
+        let run = runs.first()?;
+        Some(Self { run: run.part(0, run.pages.min(FIRST_READ_PAGES)), value })
+    }
+
+    /// The order that reads it.
+    #[must_use]
+    pub fn order(&self) -> PuppetOrder {
+        let word = wide(size_of::<u64>());
+        let words = (self.run.pages << PAGE_SHIFT) / word;
+        PuppetOrder { c: words, d: word, ..self.run.sum() }
+    }
+
+    /// Compares what was read.
+    ///
+    /// # Errors
+    /// It is not what was written.
+    pub fn check(&self, sum: u64) -> Result<(), BenchError> {
+        expect("first MiB", sum, self.value.wrapping_mul(self.run.pages))
+    }
+}
+
+/// What a clone does when it runs, and is timed at.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Task {
+    /// Its first answer.
+    pub first: Option<FirstRead>,
+    /// Then this.
+    pub work: Option<Work>,
+}
+
 /// What a clone does, one after the other.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Work {
     /// Pages that the source wrote: read for the first time.
     pub read: PageRun,
-    /// Pages that the source wrote: written for the first time.
+    /// Pages that the source wrote: written for the first time, one in each leaf, then all.
     pub write: PageRun,
     /// Pages that nobody touched before: written.
     pub fresh: PageRun,
@@ -75,7 +154,9 @@ pub struct Work {
 pub struct WorkTimes {
     /// First read of a page of the source.
     pub read_us: f64,
-    /// First write to one.
+    /// First write to one in a leaf that had none.
+    pub leaf_write_us: f64,
+    /// First write to one, one after the other, those of `leaf_write_us` done.
     pub write_us: f64,
     /// First write to a page that nobody had touched.
     pub fresh_us: f64,
@@ -85,16 +166,18 @@ pub struct WorkTimes {
 
 impl Work {
     /// Three parts of `memory` that leave room for the guest itself: half of it read, a quarter
-    /// written, the most of the last quarter fresh. `limit_pages` bounds each.
+    /// written, the most of the last quarter fresh. `limit_pages` bounds each; of those that are written
+    /// there are 32 MiB at most, for they are slow.
     #[must_use]
     pub fn over(shape: MemoryShape, limit_pages: u64, value: u64) -> Option<Self> {
         let run = free_runs(shape, u64::MAX).first().copied()?;
         let [half, three_quarters] = [run.pages / 2, run.pages * 3 / 4];
-        let part = |from: u64, to: u64| run.part(from, to.min(from + limit_pages));
+        let part = |from: u64, to: u64, limit: u64| run.part(from, to.min(from + limit));
+        let written = limit_pages.min(WRITTEN_PAGES);
         Some(Self {
-            read: part(0, half),
-            write: part(half, three_quarters),
-            fresh: part(three_quarters, run.pages),
+            read: part(0, half, limit_pages),
+            write: part(half, three_quarters, written),
+            fresh: part(three_quarters, run.pages, written),
             value,
         })
     }
@@ -111,25 +194,26 @@ impl Work {
         trip_ns: u64,
         mut timed: impl FnMut(PuppetOrder) -> Result<(u64, u64), E>,
     ) -> Result<WorkTimes, E> {
-        let per_page =
-            |run: &PageRun, ns: u64| ns.saturating_sub(trip_ns) as f64 / 1e3 / run.pages.max(1) as f64;
+        let each = |count: u64, ns: u64| ns.saturating_sub(trip_ns) as f64 / 1e3 / count.max(1) as f64;
         let (sum, read_ns) = timed(self.read.sum())?;
-        self.expect("first read", sum, self.value.wrapping_mul(self.read.pages))?;
+        expect("first read", sum, self.value.wrapping_mul(self.read.pages))?;
+        let (_, leaf_write_ns) = timed(self.write.store_once_a_leaf(self.value + 1))?;
         let (_, write_ns) = timed(self.write.store(self.value + 1))?;
         let (_, fresh_ns) = timed(self.fresh.store(self.value + 1))?;
         let (sum, _) = timed(self.write.sum())?;
-        self.expect("read after write", sum, (self.value + 1).wrapping_mul(self.write.pages))?;
+        expect("read after write", sum, (self.value + 1).wrapping_mul(self.write.pages))?;
         Ok(WorkTimes {
-            read_us: per_page(&self.read, read_ns),
-            write_us: per_page(&self.write, write_ns),
-            fresh_us: per_page(&self.fresh, fresh_ns),
+            read_us: each(self.read.pages, read_ns),
+            leaf_write_us: each(self.write.leaves(), leaf_write_ns),
+            write_us: each(self.write.pages - self.write.leaves().min(self.write.pages), write_ns),
+            fresh_us: each(self.fresh.pages, fresh_ns),
             trip_us: trip_ns as f64 / 1e3,
         })
     }
+}
 
-    fn expect(&self, what: &'static str, found: u64, expected: u64) -> Result<(), BenchError> {
-        if found == expected { Ok(()) } else { Err(BenchError::Wrong { what, found, expected }) }
-    }
+fn expect(what: &'static str, found: u64, expected: u64) -> Result<(), BenchError> {
+    if found == expected { Ok(()) } else { Err(BenchError::Wrong { what, found, expected }) }
 }
 
 /// The middle one of `values`; 0 of none.
@@ -163,6 +247,24 @@ mod tests {
         assert_eq!((runs.len(), pages), (2, ((4 << 30) - layout::FREE) >> PAGE_SHIFT));
         assert_eq!(free_runs(shape, 8192), [PageRun { start: layout::FREE, pages: 2 }]);
         assert!(free_runs(shape, 0).is_empty());
+    }
+
+    #[test]
+    fn orders_stay_in_their_pages() {
+        let run = PageRun { start: layout::FREE, pages: 1300 };
+        let last = |order: PuppetOrder| order.a + (order.c - 1) * order.d;
+        let end = run.start + (run.pages << PAGE_SHIFT);
+        for count in [1, 7, 1000, 1300, 4000] {
+            let scattered = run.store_scattered(count, 1);
+            assert!(scattered.c == count.min(1300) && last(scattered) < end, "{scattered:?}");
+        }
+        let first = FirstRead::of(&[run], 3).expect("there are pages");
+        assert_eq!(last(first.order()) + 8, run.start + (1 << 20));
+        assert!(first.check(3 * 256).is_ok() && first.check(3).is_err());
+        assert_eq!((run.leaves(), last(run.store_once_a_leaf(1)) < end), (3, true));
+        assert_eq!((run.walk(3000).c, run.walk_leaves(64, 3000).c), (1300, 3));
+        assert!(last(run.walk(9)) < end && last(run.walk_leaves(64, 9)) < end);
+        assert_eq!(FirstRead::of(&[], 3), None);
     }
 
     #[test]

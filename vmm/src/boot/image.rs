@@ -1,5 +1,7 @@
 //! Other people's kernels: a static ELF64 image or a bzImage, started by the 64-bit boot protocol of
-//! Linux (Documentation/arch/x86/boot.rst): long mode, ring 0, interrupts off, `rsi` -> boot_params.
+//! Linux (Documentation/arch/x86/boot.rst): long mode, ring 0, interrupts off, `rsi` -> boot_params. An
+//! ELF image that asks for the PVH entry gets that instead ([`pvh`](super::pvh)), as other monitors do it,
+//! unless it is Linux, which has both.
 //!
 //! | from | what |
 //! |---|---|
@@ -14,8 +16,7 @@
 //!
 //! The image is checked by [`shape`](super::shape) before a byte of it is written.
 //!
-//! Known holes: the PVH entry is not used, an image needs a 64-bit entry; there is no ACPI; the image
-//! and the initrd lie below the device hole.
+//! Known holes: there is no ACPI; the image and the initrd lie below the device hole.
 
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::mptable::{MP_TABLE, mp_table};
+use super::pvh;
 use super::shape::{Format, Shape, ShapeError};
 use crate::words::wide;
 
@@ -36,11 +38,11 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 2047;
 /// Where RAM begins that an image may lie in.
 pub(super) const IMAGE_RAM: u64 = 1 << 20;
 
-const GDT: u64 = 0x500;
+pub(super) const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
 const STACK: u64 = 0x8ff0;
 const TABLES: u64 = 0x9000;
-const COMMAND_LINE: u64 = 0x2_0000;
+pub(super) const COMMAND_LINE: u64 = 0x2_0000;
 /// No initrd above this: kernels before 2.02 of the protocol, and ELF images, name no other limit.
 const INITRD_END: u64 = 0x8000_0000;
 const PAGE: u64 = 4096;
@@ -119,6 +121,25 @@ pub enum ImageError {
 pub struct ImageEntry {
     /// The address of its first instruction.
     pub entry: u64,
+    /// How it is entered.
+    pub protocol: Protocol,
+}
+
+/// How an image is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protocol {
+    /// Linux's 64-bit boot protocol.
+    Linux64,
+    /// PVH.
+    Pvh,
+}
+
+/// A part of the memory map, of an e820 type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) kind: u32,
 }
 
 /// Loads `kernel`, and what it needs to start on `vcpus` vCPUs, into fresh (zero) memory.
@@ -155,23 +176,28 @@ pub fn load_image<M: GuestMemoryBackend>(
     header.type_of_loader = 0xff;
     header.cmd_line_ptr = low(COMMAND_LINE);
     header.cmdline_size = low(wide(command_line.len()));
-    if let Some(initrd) = initrd {
-        let (start, len_bytes) = load_initrd(memory, initrd, shape.end, ram_end)?;
+    let initrd = initrd.map(|initrd| load_initrd(memory, initrd, shape.end, ram_end)).transpose()?;
+    if let Some((start, len_bytes)) = initrd {
         (header.ramdisk_image, header.ramdisk_size) = (low(start), low(len_bytes));
     }
-    let mut params = boot_params { hdr: header, ..boot_params::default() };
-    describe_memory(memory, &mut params);
+    let map = memory_map(memory);
     let write = |what, address, bytes: &[u8]| {
         let written = memory.write_slice(bytes, GuestAddress(address));
         written.map_err(|source| ImageError::Memory { what, source })
     };
-    write("the GDT", GDT, &gdt())?;
-    write("the page tables", TABLES, &tables())?;
     write("the command line", COMMAND_LINE, &command_line)?;
     write("the mp table", MP_TABLE, &mp_table(vcpus))?;
+    if let Some(entry) = shape.pvh_entry {
+        pvh::describe(memory, &map, initrd)?;
+        return Ok(ImageEntry { entry, protocol: Protocol::Pvh });
+    }
+    let mut params = boot_params { hdr: header, ..boot_params::default() };
+    describe_memory(&map, &mut params);
+    write("the GDT", GDT, &gdt())?;
+    write("the page tables", TABLES, &tables())?;
     let written = memory.write_obj(params, GuestAddress(ZERO_PAGE));
     written.map_err(|source| ImageError::Memory { what: "boot_params", source })?;
-    Ok(ImageEntry { entry })
+    Ok(ImageEntry { entry, protocol: Protocol::Linux64 })
 }
 
 /// An address or length that was checked to be below 4 GiB.
@@ -218,17 +244,25 @@ fn load_initrd<M: GuestMemoryBackend>(
     Ok((start, len_bytes))
 }
 
-/// The e820 map: RAM but for the MP table's page and what lies up to 1 MiB.
-fn describe_memory<M: GuestMemoryBackend>(memory: &M, params: &mut boot_params) {
-    let mut entries = vec![(0, MP_TABLE, E820_RAM), (MP_TABLE, IMAGE_RAM, E820_RESERVED)];
+/// RAM but for the MP table's page and what lies up to 1 MiB.
+fn memory_map<M: GuestMemoryBackend>(memory: &M) -> Vec<Range> {
+    let mut map = vec![
+        Range { start: 0, end: MP_TABLE, kind: E820_RAM },
+        Range { start: MP_TABLE, end: IMAGE_RAM, kind: E820_RESERVED },
+    ];
     for region in memory.iter() {
         let (start, end) = (region.start_addr().0, region.start_addr().0 + region.len());
-        entries.push((start.max(IMAGE_RAM), end, E820_RAM));
+        map.push(Range { start: start.max(IMAGE_RAM), end, kind: E820_RAM });
     }
+    map
+}
+
+fn describe_memory(map: &[Range], params: &mut boot_params) {
     let mut count = 0;
     let mut table = params.e820_table;
-    for (place, (start, end, kind)) in table.iter_mut().zip(entries) {
-        *place = boot_e820_entry { addr: start, size: end.saturating_sub(start), r#type: kind };
+    for (place, range) in table.iter_mut().zip(map) {
+        let size = range.end.saturating_sub(range.start);
+        *place = boot_e820_entry { addr: range.start, size, r#type: range.kind };
         count += 1;
     }
     params.e820_table = table;
@@ -262,6 +296,9 @@ impl ImageEntry {
     /// The general registers of vCPU 0. The others wait for their start-up interrupt.
     #[must_use]
     pub fn registers(&self) -> kvm_regs {
+        if self.protocol == Protocol::Pvh {
+            return pvh::registers(self.entry);
+        }
         kvm_regs { rip: self.entry, rsp: STACK, rbp: STACK, rsi: ZERO_PAGE, rflags: 2, ..kvm_regs::default() }
     }
 
@@ -269,6 +306,9 @@ impl ImageEntry {
     /// state as KVM created it.
     #[must_use]
     pub fn special_registers(&self, base: kvm_sregs) -> kvm_sregs {
+        if self.protocol == Protocol::Pvh {
+            return pvh::special_registers(base);
+        }
         let data = kvm_segment {
             limit: u32::MAX,
             selector: DATA,

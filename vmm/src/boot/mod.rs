@@ -25,6 +25,7 @@ mod entry;
 mod image;
 mod mptable;
 mod paging;
+mod pvh;
 mod shape;
 
 pub use builtin::{MAX_RAM_BYTES, MIN_RAM_BYTES, load_builtin};

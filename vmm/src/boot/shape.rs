@@ -24,6 +24,8 @@ pub(super) struct Shape {
     pub(super) start: u64,
     /// The first byte behind it, with what it clears and unpacks into.
     pub(super) end: u64,
+    /// Where it is to be entered by PVH, if it asks for that.
+    pub(super) pvh_entry: Option<u64>,
     /// The longest command line that it takes, in bytes without the NUL.
     pub(super) command_line_bytes: usize,
 }
@@ -100,6 +102,11 @@ const MACHINE_X86_64: u16 = 62;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_DYNAMIC: u32 = 2;
 const SEGMENT_INTERPRETER: u32 = 3;
+const SEGMENT_NOTE: u32 = 4;
+/// The longest notes that are read.
+const NOTE_BYTES: u64 = 1 << 20;
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry, of 4 or 8 bytes.
+const NOTE_PVH_ENTRY: u32 = 18;
 
 /// Where the setup header of a bzImage ends, as far as it is read here.
 const SETUP_END: usize = 0x268;
@@ -181,6 +188,9 @@ fn elf(file: &File, head: &[u8], file_bytes: u64) -> Result<Shape, ShapeError> {
     let mut table = vec![0; index(table_bytes)];
     file.read_exact_at(&mut table, headers)?;
 
+    let notes = read_notes(file, &table, file_bytes)?;
+    let pvh_entry = pvh_entry(&notes)?;
+    let entry = pvh_entry.unwrap_or(entry);
     let (mut start, mut end, mut has_entry) = (u64::MAX, 0, false);
     for header in table.chunks_exact(usize::from(size)) {
         match u32_at(header, 0) {
@@ -206,7 +216,71 @@ fn elf(file: &File, head: &[u8], file_bytes: u64) -> Result<Shape, ShapeError> {
     if !has_entry {
         return Err(ShapeError::EntryOutside { entry });
     }
-    Ok(Shape { format: Format::Elf, start, end, command_line_bytes: usize::MAX })
+    Ok(Shape { format: Format::Elf, start, end, pvh_entry, command_line_bytes: usize::MAX })
+}
+
+/// A segment of notes: each part of one is filled up to `alignment` bytes.
+struct Notes {
+    bytes: Vec<u8>,
+    alignment: usize,
+}
+
+fn read_notes(file: &File, table: &[u8], file_bytes: u64) -> Result<Vec<Notes>, ShapeError> {
+    let mut notes = Vec::new();
+    for header in table.chunks_exact(PROGRAM_HEADER_BYTES.into()) {
+        let (offset, len_bytes) = (u64_at(header, 8), u64_at(header, 32));
+        if u32_at(header, 0) != SEGMENT_NOTE {
+            continue;
+        }
+        inside("a segment of notes", offset, len_bytes, file_bytes)?;
+        if len_bytes > NOTE_BYTES {
+            return Err(ShapeError::Broken { what: "the size of its notes", value: len_bytes });
+        }
+        let mut bytes = vec![0; index(len_bytes)];
+        file.read_exact_at(&mut bytes, offset)?;
+        notes.push(Notes { bytes, alignment: if u64_at(header, 48) == 8 { 8 } else { 4 } });
+    }
+    Ok(notes)
+}
+
+impl Notes {
+    /// Owner, type and value of each, up to the first that does not fit.
+    fn each(&self) -> impl Iterator<Item = (&[u8], u32, &[u8])> {
+        let mut rest = self.bytes.as_slice();
+        std::iter::from_fn(move || {
+            let head = rest.get(..12)?;
+            let [owner_bytes, value_bytes] = [0, 4].map(|at| index(u32_at(head, at).into()));
+            let value_at = (12 + owner_bytes).next_multiple_of(self.alignment);
+            let note = (
+                rest.get(12..12 + owner_bytes)?,
+                u32_at(head, 8),
+                rest.get(value_at..value_at + value_bytes)?,
+            );
+            let next = (value_at + value_bytes).next_multiple_of(self.alignment);
+            rest = rest.get(next..).unwrap_or_default();
+            Some(note)
+        })
+    }
+}
+
+/// The PVH entry that the notes ask for. Linux has a 64-bit entry too, which is preferred: a KVM without
+/// hardware virtualization emulates 32-bit code.
+fn pvh_entry(segments: &[Notes]) -> Result<Option<u64>, ShapeError> {
+    let mut entry = None;
+    for (owner, kind, value) in segments.iter().flat_map(Notes::each) {
+        match (owner, kind) {
+            (b"Linux\0", _) => return Ok(None),
+            (b"Xen\0", NOTE_PVH_ENTRY) if ![4, 8].contains(&value.len()) => {
+                return Err(ShapeError::Broken {
+                    what: "the size of its PVH entry",
+                    value: wide(value.len()),
+                });
+            }
+            (b"Xen\0", NOTE_PVH_ENTRY) => entry = Some(u64::from(u32_at(value, 0))),
+            _ => {}
+        }
+    }
+    Ok(entry)
 }
 
 fn bzimage(head: &[u8], file_bytes: u64) -> Result<Shape, ShapeError> {
@@ -229,5 +303,5 @@ fn bzimage(head: &[u8], file_bytes: u64) -> Result<Shape, ShapeError> {
     let loaded = code_start.saturating_add(file_bytes);
     let end = preferred.max(code_start).saturating_add(unpacked_bytes).max(loaded);
     let command_line_bytes = index(u64::from(u32_at(head, 0x238)));
-    Ok(Shape { format: Format::BzImage, start: code_start, end, command_line_bytes })
+    Ok(Shape { format: Format::BzImage, start: code_start, end, pvh_entry: None, command_line_bytes })
 }

@@ -2,14 +2,17 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
 
+use super::display::Display;
 use super::interrupt::{self, Interrupt};
 use super::memory::BUILTIN_LEAST_BYTES;
 use super::size;
-use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, report};
+use crate::bench::baseline::Method;
+use crate::bench::{self, BenchError, Benchmark, Dirty, Findings, Plan, html, report};
 use crate::member::messages::GuestKind;
 use crate::words::{MemoryShape, MemoryShapeError};
 
@@ -28,13 +31,27 @@ pub struct BenchArguments {
     /// Whether to ask for huge pages; both with a comma
     #[arg(long, value_enum, default_value = "on", value_delimiter = ',')]
     huge: Vec<Switch>,
-    /// Pages that a device holds, for `pins`
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=16384))]
-    pins: u64,
+    /// Pages that a device holds, for `pins`; several with commas
+    #[arg(long, default_value = "0,256,4096", value_delimiter = ',',
+        value_parser = clap::value_parser!(u64).range(0..=16384))]
+    pins: Vec<u64>,
     /// Clones of each fork, for `fork` and `pause`
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     clones: u8,
-    /// Runs that count, after one that does not
+    /// Clones of one fork that are alive at once, for `burst`; several with commas
+    #[arg(long, default_value = "100", value_delimiter = ',',
+        value_parser = clap::value_parser!(u16).range(1..=1000))]
+    burst: Vec<u16>,
+    /// Clones that are alive for `density`, and beside one that works for `fault` (0: none there)
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    alive: u16,
+    /// Milliseconds that a source works before and after a fork, for `throughput`
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    window: u64,
+    /// What is measured beside salp; several with commas
+    #[arg(long, value_enum, default_value = "all", value_delimiter = ',')]
+    baseline: Vec<Baseline>,
+    /// Runs that count, after one that does not; at most 3 to 10 of those that take long
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: u32,
     /// What runs in the VMs; threads measure the memory part where there is no KVM
@@ -46,6 +63,12 @@ pub struct BenchArguments {
     /// Write the records as CSV to this file
     #[arg(long)]
     csv: Option<PathBuf>,
+    /// Write a report with plots to this file: HTML, nothing outside of it is needed
+    #[arg(long)]
+    report: Option<PathBuf>,
+    /// Measure nothing: take the records from a file that `--json` has written
+    #[arg(long)]
+    from: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -58,10 +81,20 @@ enum What {
     Fault,
     /// Copies of pinned pages
     Pins,
+    /// Memory of one more clone
+    Density,
+    /// Many clones at once
+    Burst,
     /// Clones of clones
     Chain,
-    /// How fast pages are published
+    /// A clone's return to its cut
+    Reset,
+    /// How fast pages are published, and what that writes
     Publish,
+    /// The pause of a source whose memory is in the arena
+    Scattered,
+    /// What the source does after a fork
+    Throughput,
     /// All of them
     All,
 }
@@ -76,6 +109,35 @@ enum Switch {
 enum Guest {
     Kvm,
     Thread,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Baseline {
+    /// All memory copied
+    FullCopy,
+    /// `fork()` of the process
+    ProcessFork,
+    /// A private mapping of a file that was written once
+    StaticTemplate,
+    /// A private mapping of a file that is written for it
+    Snapshot,
+    /// All of these
+    All,
+    /// salp alone
+    None,
+}
+
+impl Baseline {
+    fn methods(self) -> Vec<Method> {
+        match self {
+            Self::FullCopy => vec![Method::FullCopy],
+            Self::ProcessFork => vec![Method::ProcessFork],
+            Self::StaticTemplate => vec![Method::StaticTemplate],
+            Self::Snapshot => vec![Method::Snapshot],
+            Self::All => Method::ALL.to_vec(),
+            Self::None => Vec::new(),
+        }
+    }
 }
 
 /// Why there are no figures.
@@ -93,6 +155,14 @@ pub enum BenchCommandError {
     /// This program's own path, or signals.
     #[error("{0}")]
     Host(std::io::Error),
+    /// A file of records.
+    #[error("{path} cannot be read: {source}")]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A file.
     #[error("{path} cannot be written: {source}")]
     File {
@@ -108,24 +178,42 @@ pub enum BenchCommandError {
 /// # Errors
 /// What kept it from measuring.
 pub fn run(arguments: &BenchArguments) -> Result<ExitCode, BenchCommandError> {
+    if let Some(path) = &arguments.from {
+        let unreadable = |source| BenchCommandError::Unreadable { path: path.clone(), source };
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let (records, host) = report::from_json(&text).map_err(|error| unreadable(error.into()))?;
+        return publish(arguments, &Findings { records, host }).map(|()| ExitCode::SUCCESS);
+    }
     let interrupt = Interrupt::watch().map_err(BenchCommandError::Host)?;
+    let mut memory = arguments.memory.iter().map(|bytes| shape(*bytes)).collect::<Result<Vec<_>, _>>()?;
+    memory.sort_by_key(|(shape, _)| shape.ram_bytes());
+    let mut baselines: Vec<_> = arguments.baseline.iter().flat_map(|one| one.methods()).collect();
+    baselines.sort_by_key(|method| Method::ALL.iter().position(|one| one == method));
+    baselines.dedup();
+    let display = Display::new();
     let plan = Plan {
         benchmarks: benchmarks(arguments.what),
-        memory: arguments.memory.iter().map(|bytes| shape(*bytes)).collect::<Result<_, _>>()?,
+        memory,
         dirty: arguments.dirty.clone(),
         huge: arguments.huge.iter().map(|huge| *huge == Switch::On).collect(),
-        pins: arguments.pins,
+        pins: arguments.pins.clone(),
         clones: arguments.clones.into(),
+        burst: arguments.burst.iter().map(|count| (*count).into()).collect(),
+        alive: arguments.alive.into(),
+        window: Duration::from_millis(arguments.window),
         runs: arguments.runs,
+        baselines,
         guest: match arguments.guest {
             Guest::Kvm => GuestKind::Kvm,
             Guest::Thread => GuestKind::Thread,
         },
         program: std::env::current_exe().map_err(BenchCommandError::Host)?,
         is_interrupted: &|| interrupt.seen().is_some(),
-        progress: &|line| eprintln!("salp: {line}"),
+        progress: &|progress| display.show(progress),
     };
-    match bench::run(&plan) {
+    let result = bench::run(&plan);
+    display.end();
+    match result {
         Ok(findings) => publish(arguments, &findings).map(|()| ExitCode::SUCCESS),
         Err(BenchError::Interrupted) => {
             eprintln!("salp: interrupted, everything is ended");
@@ -148,6 +236,9 @@ fn publish(arguments: &BenchArguments, findings: &Findings) -> Result<(), BenchC
     if let Some(path) = &arguments.csv {
         write(path, report::csv(&findings.records))?;
     }
+    if let Some(path) = &arguments.report {
+        write(path, html::page(findings))?;
+    }
     let mut out = std::io::stdout().lock();
     let text = format!("{}\nhost: {}\n", report::table(&findings.records), findings.host);
     out.write_all(text.as_bytes()).map_err(BenchCommandError::Host)
@@ -161,6 +252,11 @@ fn benchmarks(what: What) -> Vec<Benchmark> {
         What::Pins => vec![Benchmark::Pins],
         What::Chain => vec![Benchmark::Chain],
         What::Publish => vec![Benchmark::Publish],
+        What::Density => vec![Benchmark::Density],
+        What::Burst => vec![Benchmark::Burst],
+        What::Reset => vec![Benchmark::Reset],
+        What::Scattered => vec![Benchmark::Scattered],
+        What::Throughput => vec![Benchmark::Throughput],
         What::All => Benchmark::ALL.to_vec(),
     }
 }

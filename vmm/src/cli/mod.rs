@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+mod display;
 pub mod interrupt;
 pub mod memory;
 pub mod run;
@@ -29,14 +30,28 @@ enum Command {
     /// Fork a running VM with DMA in flight, again and again, and show that every byte is right
     Demo(demo::DemoArguments),
     /// Start a VM; it can then be forked from elsewhere
+    ///
+    /// In the foreground its console is the terminal. With --kernel it gets standard input too: at a
+    /// terminal every key, Ctrl-C included, until Ctrl-] ends everything. Exit status: the guest's; 0 if it
+    /// halts or resets its machine; 134 if it crashes; 130 after Ctrl-C or Ctrl-]; 143 after `salp stop`.
     Run(run::RunArguments),
     /// Clone a running VM
     Fork(vms::ForkArguments),
     /// List the VMs of all your colonies
     Ps(vms::PsArguments),
+    /// Stop a VM's vCPUs and let its devices complete nothing, until `salp resume`; it can be forked
+    Pause(vms::NameArguments),
+    /// Let a paused VM go on
+    Resume(vms::NameArguments),
+    /// Return a clone to its cut: memory, vCPUs and devices; it runs on from there
+    ///
+    /// Also one whose guest has crashed or ended by itself, as long as another VM of its colony lives.
+    Reset(vms::NameArguments),
     /// End a VM; with the last one its colony ends
     Stop(vms::NameArguments),
-    /// Show what a VM has written, and what it writes, until it ends
+    /// Show what a VM has written and writes until it ends, and give it standard input
+    ///
+    /// At a terminal every key goes to the VM, Ctrl-C included, until Ctrl-] leaves; the VM runs on.
     Console(vms::NameArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),
@@ -74,6 +89,9 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => end(run::run(&arguments)),
         Command::Fork(arguments) => end(vms::fork(&arguments)),
         Command::Ps(arguments) => end(vms::ps(&arguments)),
+        Command::Pause(arguments) => end(vms::pause(&arguments)),
+        Command::Resume(arguments) => end(vms::resume(&arguments)),
+        Command::Reset(arguments) => end(vms::reset(&arguments)),
         Command::Stop(arguments) => end(vms::stop(&arguments)),
         Command::Console(arguments) => end(vms::console(&arguments)),
         Command::Bench(arguments) => end(bench::run(&arguments)),

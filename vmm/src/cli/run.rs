@@ -18,8 +18,10 @@ use crate::control::client::Client;
 use crate::control::place::{Place, check_name};
 use crate::control::registry::Entry;
 use crate::control::service::{Keeper, Outcome, Settings};
+use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Source};
 use crate::ipc::spawn::{self, SpawnError};
 use crate::kvm::{Kvm, KvmError};
+use crate::member::messages::HowEnded;
 
 /// The argument that makes `salp` a keeper in the background.
 pub const KEEPER_ARGUMENT: &str = "__keeper";
@@ -38,7 +40,8 @@ pub struct RunArguments {
     /// The VM's name; without it one is made up
     #[arg(long)]
     name: Option<String>,
-    /// A kernel to run instead of the built-in guest: a static ELF64 image or a bzImage
+    /// A kernel to run instead of the built-in guest: a static ELF64 image (with a PVH entry or a 64-bit
+    /// one) or a bzImage
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk
@@ -97,39 +100,71 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     if arguments.detach {
         return detach(&settings);
     }
+    // The built-in guest reads nothing: its terminal stays as it is.
+    let has_input = settings.kernel.is_some();
     let keeper = Keeper::start(settings)?;
     let name = keeper.root()?.name;
-    eprintln!("salp: {name} runs: `salp fork {name}` clones it, Ctrl-C ends it");
+    let input = has_input.then(Input::open).transpose()?;
+    let source = input.as_ref().map_or(Source::Nobody, |input| input.source);
+    let key = if source == Source::Raw { LEAVE_KEY_NAME } else { "Ctrl-C" };
+    eprintln!("salp: {name} runs: `salp fork {name}` clones it, {key} ends it");
     keeper.show_console()?;
+    keeper.feed_console(source)?;
     let outcome = keeper.run(|root| {
+        terminal::restore();
         let how = root.state.describe();
         let name = &root.name;
         eprintln!("salp: {name} {how}; its clones go on (`salp ps` lists them, Ctrl-C ends them)");
     })?;
+    drop(input);
     Ok(exit_code(&name, &outcome))
 }
 
-fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
-    match (&outcome.root, outcome.signal) {
+/// Exit status after a guest's crash, as after SIGABRT.
+const CRASHED: u8 = 134;
+/// Exit status after the end of a VM's process, as after SIGKILL.
+const KILLED: u8 = 137;
+
+/// The exit status, and what is to be said.
+fn verdict(name: &str, outcome: &Outcome) -> (u8, Option<String>) {
+    let (said, status) = match (&outcome.root, outcome.signal) {
         (_, Some(signal)) => {
-            eprintln!("salp: interrupted, everything is ended");
-            ExitCode::from(interrupt::status(signal))
+            return (interrupt::status(signal), Some("interrupted, everything is ended".to_owned()));
         }
-        (VmState::Ended { status: Some(0), .. }, None) => ExitCode::SUCCESS,
-        (VmState::Ended { status: Some(status), text }, None) => {
-            eprintln!("salp: {name} ended with {status}: {text}");
-            // What does not fit must not look like success.
-            ExitCode::from(u8::try_from(*status).unwrap_or(u8::MAX))
+        (VmState::Ended { how, status, text }, None) => match how {
+            HowEnded::Exited if *status == Some(0) => return (0, None),
+            HowEnded::Exited => {
+                let status = status.unwrap_or(u32::MAX);
+                // What does not fit must not look like success.
+                (format!("ended with {status}"), u8::try_from(status).unwrap_or(u8::MAX))
+            }
+            HowEnded::Reset => ("was reset by its guest".to_owned(), 0),
+            HowEnded::Halted => ("has halted".to_owned(), 0),
+            HowEnded::Crashed => (format!("crashed: {text}"), CRASHED),
+            HowEnded::Killed => (format!("ended: {text}"), KILLED),
+        },
+        (VmState::Stopped | VmState::Running | VmState::Paused, None) => {
+            ("was stopped".to_owned(), interrupt::status(signal_hook::consts::SIGTERM))
         }
-        (VmState::Ended { status: None, text }, None) => {
-            eprintln!("salp: {name} ended: {text}");
-            ExitCode::FAILURE
-        }
-        (VmState::Stopped | VmState::Running, None) => {
-            eprintln!("salp: {name} was stopped");
-            ExitCode::from(interrupt::status(signal_hook::consts::SIGTERM))
-        }
+    };
+    (status, Some(format!("{name} {said}")))
+}
+
+fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
+    let (status, said) = verdict(name, outcome);
+    if let Some(said) = said {
+        eprintln!("salp: {said}");
     }
+    ExitCode::from(status)
+}
+
+/// What a VM in the background leaves that has ended badly, before anybody could have known it.
+fn last_words(name: &str, outcome: &Outcome) -> Option<String> {
+    let is_bad = matches!(&outcome.root, VmState::Ended { .. }) && outcome.signal.is_none();
+    let (status, said) = verdict(name, outcome);
+    let output = outcome.last_output.as_ref().filter(|_| is_bad && status != 0)?;
+    let said = said.unwrap_or_default();
+    Some(if output.is_empty() { said } else { format!("{said}\nits last output was:\n{output}") })
 }
 
 /// Looks at everything that can be wrong before anything is started.
@@ -208,6 +243,9 @@ pub fn keep(settings: &str) -> Result<ExitCode, RunError> {
     let Ok((keeper, root)) = started else { return Ok(ExitCode::FAILURE) };
     is_told?;
     let outcome = keeper.run(|_| ())?;
+    if let Some(words) = last_words(&root.name, &outcome) {
+        Place::of_user().leave_last_words(&root.name, &words)?;
+    }
     Ok(exit_code(&root.name, &outcome))
 }
 

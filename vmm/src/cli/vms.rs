@@ -1,4 +1,5 @@
-//! `salp fork`, `ps`, `stop` and `console`: what is done to running VMs, over their colony's socket.
+//! `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console`: what is done to running VMs, over
+//! their colony's socket.
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -8,7 +9,8 @@ use clap::Args;
 use super::size;
 use crate::control::client::Client;
 use crate::control::place::Place;
-use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView};
+use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Over, Source};
+use crate::control::{ControlError, ForkRequest, MOST_CLONES, VmView, WantedState};
 
 /// What to fork.
 #[derive(Debug, Args)]
@@ -66,6 +68,12 @@ pub fn ps(arguments: &PsArguments) -> Result<ExitCode, ControlError> {
     for socket in &all.stale {
         eprintln!("salp: the colony of {socket} was killed: what was left of it is cleaned up");
     }
+    for words in &all.last_words {
+        eprintln!("salp: {words}");
+    }
+    for error in &all.silent {
+        eprintln!("salp: {error}");
+    }
     let mut out = io::stdout().lock();
     if arguments.json {
         let text = serde_json::to_string_pretty(&all.vms).map_err(io::Error::from)?;
@@ -73,7 +81,7 @@ pub fn ps(arguments: &PsArguments) -> Result<ExitCode, ControlError> {
     } else {
         out.write_all(table(&all.vms).as_bytes())?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if all.silent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Columns as wide as what is in them.
@@ -100,6 +108,37 @@ fn table(vms: &[VmView]) -> String {
     rows.iter().map(line).collect()
 }
 
+/// `salp pause`.
+///
+/// # Errors
+/// There is no such VM, it has ended, or it does not stop.
+pub fn pause(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    client().set_state(&arguments.name, WantedState::Paused)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp resume`.
+///
+/// # Errors
+/// There is no such VM, or it has ended.
+pub fn resume(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    client().set_state(&arguments.name, WantedState::Running)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp reset`.
+///
+/// # Errors
+/// There is no such VM, or it cannot be reset.
+pub fn reset(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
+    let reset = client().reset(&arguments.name)?;
+    let (name, pages, leaves) = (&reset.name, reset.restored_pages, reset.remapped_leaves);
+    let us = reset.reset_us;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{name}  {pages} pages restored in place  {leaves} leaves mapped afresh  {us:.0} us")?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// `salp stop`.
 ///
 /// # Errors
@@ -114,19 +153,80 @@ pub fn stop(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
 /// # Errors
 /// There is no such VM, or its colony was killed meanwhile.
 pub fn console(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
-    match client().console(&arguments.name, &mut io::stdout()) {
+    let name = &arguments.name;
+    // Before anything is done to the terminal.
+    client().view(name)?;
+    let input = Input::open()?;
+    if input.source == Source::Raw {
+        restore_at_signals()?;
+        eprintln!("salp: this is the console of {name}; {LEAVE_KEY_NAME} leaves it");
+    }
+    let (source, for_input) = (input.source, name.clone());
+    std::thread::Builder::new().name("input".to_owned()).spawn(move || type_into(&for_input, source))?;
+    match client().console(name, &mut io::stdout()) {
         // Whoever reads it has seen enough.
         Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Ok(ExitCode::SUCCESS)
         }
-        result => result.map(|()| ExitCode::SUCCESS),
+        Ok(()) => {
+            drop(input);
+            if source == Source::Raw {
+                say_how_it_ended(name);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => Err(error),
     }
+}
+
+/// At a terminal nothing else tells why the console is over.
+fn say_how_it_ended(name: &str) {
+    match client().view(name) {
+        Ok(vm) => eprintln!("salp: {name}: {}", vm.state.describe()),
+        // With its last VM the colony is gone.
+        Err(error) => {
+            tracing::debug!(%error, "nobody knows how it ended");
+            eprintln!("salp: {name} has ended");
+        }
+    }
+}
+
+/// Gives a VM what is typed; leaving it ends this process.
+fn type_into(name: &str, source: Source) {
+    let client = client();
+    let over = terminal::pump(source, |typed| {
+        let delivered = terminal::deliver(source, typed, |rest| client.input(name, rest));
+        // Where it has ended, its output ends too.
+        delivered.inspect_err(|error| tracing::debug!(%error, "console input ends")).is_ok()
+    });
+    match over {
+        Ok(Over::Left) => {
+            terminal::restore();
+            std::process::exit(0);
+        }
+        Ok(Over::Ended) => {}
+        Err(error) => tracing::warn!(%error, "standard input cannot be read"),
+    }
+}
+
+/// Whatever ends this process makes the terminal what it was.
+fn restore_at_signals() -> io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+    let run = move || {
+        if let Some(signal) = signals.forever().next() {
+            terminal::restore();
+            std::process::exit(128 + signal);
+        }
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(run).map(|_| ())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::VmState;
+    use crate::member::messages::HowEnded;
 
     #[test]
     fn the_table_has_a_line_for_each_vm() {
@@ -134,7 +234,7 @@ mod tests {
             name: "salp-1-1".to_owned(),
             id: 2,
             parent: Some("salp-1".to_owned()),
-            state: VmState::Ended { status: Some(3), text: String::new() },
+            state: VmState::Ended { how: HowEnded::Exited, status: Some(3), text: String::new() },
             memory_bytes: 512 << 20,
             cpus: 1,
             pid: None,

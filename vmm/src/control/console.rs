@@ -50,6 +50,17 @@ impl Console {
         &self.path
     }
 
+    /// The last output, `most_bytes` at most.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn tail(&self, most_bytes: u64) -> io::Result<String> {
+        let len_bytes = lock(&self.progress).len_bytes;
+        let mut bytes = vec![0; crate::words::index(len_bytes.min(most_bytes))];
+        self.file.read_exact_at(&mut bytes, len_bytes.saturating_sub(most_bytes))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// Adds output. What the host has no room for is lost, and said in the log.
     pub fn append(&self, bytes: &[u8]) {
         let mut progress = lock(&self.progress);
@@ -69,6 +80,11 @@ impl Console {
         let mut progress = lock(&self.progress);
         progress.is_closed = true;
         ring(&progress.bells);
+    }
+
+    /// More will come after all: the VM begins again.
+    pub fn reopen(&self) {
+        lock(&self.progress).is_closed = false;
     }
 
     /// Writes everything from the beginning on to `out`, as it comes, until the console is closed, or

@@ -36,6 +36,20 @@ fn wrong(text: impl Into<String>) -> ControlError {
     ControlError::Protocol(text.into())
 }
 
+/// Waits for the first byte of a message; false: the connection ended before it.
+///
+/// # Errors
+/// The connection failed, or took too long.
+pub fn has_begun(from: &mut impl BufRead) -> io::Result<bool> {
+    loop {
+        match from.fill_buf() {
+            // A socket with a time limit is not read again by the kernel after a signal.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            bytes => return Ok(!bytes?.is_empty()),
+        }
+    }
+}
+
 /// The lines before the empty one, without their ends.
 fn read_head(from: &mut impl BufRead) -> Result<Vec<String>, ControlError> {
     let mut from = from.take(HEAD_BYTES);
@@ -78,7 +92,7 @@ fn content_length(headers: &[String]) -> Result<Option<u64>, ControlError> {
 /// # Errors
 /// It makes no sense, is too long, or the connection failed.
 pub fn read_request(from: &mut impl BufRead) -> Result<Option<Request>, ControlError> {
-    if from.fill_buf()?.is_empty() {
+    if !has_begun(from)? {
         return Ok(None);
     }
     let lines = read_head(from)?;

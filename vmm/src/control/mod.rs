@@ -10,16 +10,23 @@
 //! | `GET /v1/vms` | [`VmList`] |
 //! | `GET /v1/vms/{name}` | [`VmView`] |
 //! | `POST /v1/vms/{name}/fork` with a [`ForkRequest`] | 201, [`ForkReply`] |
+//! | `PATCH /v1/vms/{name}` with a [`StateRequest`] | [`VmView`] |
+//! | `POST /v1/vms/{name}/reset` | [`ResetView`] |
 //! | `POST /v1/vms/{name}/stop` | [`StopReply`] |
+//! | `POST /v1/vms/{name}/console` with input as it is | [`InputReply`]; the rest is to be sent again |
 //! | `GET /v1/vms/{name}/console` | the output from its beginning, as it comes, to the VM's end |
 //!
 //! After a stop that ends the colony the connection stays open until nothing is left of it.
+//!
+//! A clone whose guest has ended is kept for a reset, [`KEPT_LIMIT`](service::KEPT_LIMIT) of them, as long
+//! as another VM of the colony runs or is paused.
 //!
 //! | module | what |
 //! |---|---|
 //! | [`place`] | the directory of names and sockets; what killed colonies left |
 //! | [`http`] | messages of the protocol |
 //! | [`console`] | a console's file and its followers |
+//! | [`terminal`] | the user's terminal, and what is typed at it |
 //! | [`registry`] | the VMs of this colony, as users know them |
 //! | [`service`] | a colony in its keeper's process |
 //! | `requests` | its end of the socket |
@@ -40,6 +47,7 @@ pub mod place;
 pub mod registry;
 mod requests;
 pub mod service;
+pub mod terminal;
 
 use std::io;
 use std::path::PathBuf;
@@ -49,6 +57,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::keeper::ColonyError;
+use crate::member::messages::HowEnded;
 use crate::words::MemoryShapeError;
 
 /// Why something could not be done for a user.
@@ -70,6 +79,14 @@ pub enum ControlError {
         name: String,
         /// How it ended.
         how: String,
+    },
+    /// The VM cannot be reset.
+    #[error("{name} cannot be reset: {reason}")]
+    NotResettable {
+        /// Its name.
+        name: String,
+        /// Why not.
+        reason: String,
     },
     /// Its colony was killed.
     #[error("the colony of {0} was killed: {0} is gone, what was left of it is cleaned up")]
@@ -98,6 +115,17 @@ pub enum ControlError {
         /// What the host said.
         source: io::Error,
     },
+    /// A keeper does not answer.
+    #[error(
+        "the keeper {keeper_pid} does not answer within {seconds} s: is it stopped, or the host very busy? \
+         (`kill -CONT {keeper_pid}` lets it go on, `kill -KILL {keeper_pid}` ends it and its VMs)"
+    )]
+    Silent {
+        /// Its process.
+        keeper_pid: i32,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// What came over a socket makes no sense.
     #[error("the colony's socket: {0}")]
     Protocol(String),
@@ -110,6 +138,14 @@ pub enum ControlError {
     /// The memory size.
     #[error("{0}")]
     Shape(#[from] MemoryShapeError),
+    /// A kernel cannot be started.
+    #[error("--kernel {}: {reason}", path.display())]
+    Kernel {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// What a colony answered.
     #[error("{}", .0.detail)]
     Problem(Problem),
@@ -126,6 +162,7 @@ impl ControlError {
             Self::Unknown(_) => (404, "unknown-vm"),
             Self::Taken(_) => (409, "name-taken"),
             Self::NotRunning { .. } => (409, "not-running"),
+            Self::NotResettable { .. } => (409, "not-resettable"),
             Self::BadName(_) => (422, "bad-name"),
             Self::Count(_) => (422, "bad-count"),
             Self::Ending => (503, "colony-ending"),
@@ -154,10 +191,14 @@ pub struct Problem {
 pub enum VmState {
     /// It runs.
     Running,
+    /// A user has paused it.
+    Paused,
     /// A user has stopped it.
     Stopped,
     /// Its guest has ended, or its process.
     Ended {
+        /// In which way.
+        how: HowEnded,
         /// The exit status that the guest gave.
         status: Option<u32>,
         /// How it ended.
@@ -166,16 +207,33 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Whether the VM has not ended: it runs or is paused.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
+
     /// The state in a few words.
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
             Self::Running => "running".to_owned(),
+            Self::Paused => "paused".to_owned(),
             Self::Stopped => "stopped".to_owned(),
-            Self::Ended { status: Some(status), .. } => format!("ended with {status}"),
-            Self::Ended { status: None, text } => format!("ended: {text}"),
+            Self::Ended { how, status, text } => match (how, status) {
+                (HowEnded::Exited, Some(status)) => format!("ended with {status}"),
+                (HowEnded::Reset, _) => "reset".to_owned(),
+                (HowEnded::Halted, _) => "halted".to_owned(),
+                (HowEnded::Crashed, _) => format!("crashed: {}", first_line(text)),
+                (HowEnded::Exited | HowEnded::Killed, _) => format!("ended: {}", first_line(text)),
+            },
         }
     }
+}
+
+/// The rest describes a vCPU.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
 
 /// A VM as users see it.
@@ -194,7 +252,7 @@ pub struct VmView {
     pub memory_bytes: u64,
     /// Its vCPUs.
     pub cpus: u8,
-    /// Its process, while it runs.
+    /// Its process, while it runs or is paused.
     pub pid: Option<u32>,
     /// The process of its colony.
     pub keeper_pid: u32,
@@ -247,6 +305,54 @@ pub struct ForkReply {
     pub clones: Vec<CloneView>,
 }
 
+/// What a VM is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateRequest {
+    /// Paused, or running.
+    pub state: WantedState,
+}
+
+/// A state that a VM can be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WantedState {
+    /// It goes on.
+    Running,
+    /// It stands still.
+    Paused,
+}
+
+/// A clone has returned to its cut.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetView {
+    /// Its name.
+    pub name: String,
+    /// Pages that got the bytes of the cut in place.
+    pub restored_pages: u64,
+    /// Leaves (2 MiB) that are mapped afresh.
+    pub remapped_leaves: u64,
+    /// The order to its process to the order to its vCPUs to run, in microseconds.
+    pub reset_us: f64,
+    /// The parts.
+    pub stages_us: ResetStages,
+}
+
+/// The parts of a reset, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResetStages {
+    /// Its vCPUs stopped.
+    pub stop: f64,
+    /// No transfer was under way any more.
+    pub drain: f64,
+    /// Its memory was that of the cut.
+    pub memory: f64,
+    /// Its vCPUs and devices were those of the cut.
+    pub state: f64,
+    /// The order to run was given.
+    pub resume: f64,
+}
+
 /// A VM was stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopReply {
@@ -254,6 +360,13 @@ pub struct StopReply {
     pub name: String,
     /// It was the last one.
     pub is_colony_ending: bool,
+}
+
+/// A VM was given console input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputReply {
+    /// How much of it found room.
+    pub accepted_bytes: usize,
 }
 
 /// What is behind a lock stays usable after a panic elsewhere: each change of it is one step.

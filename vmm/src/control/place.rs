@@ -22,6 +22,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::ControlError;
 
+/// What the names of files with last words end with.
+const LAST_WORDS: &str = ".ended";
 /// The longest name, in bytes.
 const NAME_BYTES: usize = 63;
 
@@ -141,6 +143,41 @@ impl Place {
     #[must_use]
     pub fn console(&self, name: &str) -> PathBuf {
         self.path.join(format!("{name}.console"))
+    }
+
+    /// Where the last words of a VM are that ended badly and alone in the background.
+    fn last_words(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}{LAST_WORDS}"))
+    }
+
+    /// Leaves a VM's last words, for whoever asks next.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn leave_last_words(&self, name: &str, text: &str) -> Result<(), ControlError> {
+        let _locked = self.lock()?;
+        let path = self.last_words(name);
+        fs::write(&path, text).map_err(|error| self.host("write", &path, error))
+    }
+
+    /// Takes away all last words.
+    ///
+    /// # Errors
+    /// The directory is not this user's, or cannot be read.
+    pub fn take_last_words(&self) -> Result<Vec<String>, ControlError> {
+        let mut words = Vec::new();
+        let is_last = |name: &String| name.ends_with(LAST_WORDS);
+        if !self.exists()? || !self.names()?.iter().any(is_last) {
+            return Ok(words);
+        }
+        let locked = self.lock()?;
+        for name in self.names()?.into_iter().filter(is_last) {
+            let path = self.path.join(name);
+            words.push(fs::read_to_string(&path).map_err(|error| self.host("read", &path, error))?);
+            remove(&path);
+        }
+        locked.leave();
+        Ok(words)
     }
 
     fn link(&self, name: &str) -> PathBuf {

@@ -13,6 +13,7 @@ use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
+use crate::member::messages::HowEnded;
 
 /// What the colony's main thread is told.
 #[derive(Debug)]
@@ -113,15 +114,34 @@ impl Registry {
         entry.cloned().ok_or_else(|| ControlError::Unknown(name.to_owned()))
     }
 
-    /// A VM by its name, which runs.
+    /// A VM by its name, which runs or is paused.
     ///
     /// # Errors
     /// There is none, or it has ended.
-    pub fn find_running(&self, name: &str) -> Result<Entry, ControlError> {
+    pub fn find_live(&self, name: &str) -> Result<Entry, ControlError> {
         let entry = self.find(name)?;
         match entry.state {
-            VmState::Running => Ok(entry),
+            VmState::Running | VmState::Paused => Ok(entry),
             ended => Err(ControlError::NotRunning { name: entry.name, how: ended.describe() }),
+        }
+    }
+
+    /// Whether a VM is known to have ended, with a name or before it has got one.
+    #[must_use]
+    pub fn has_ended(&self, vm: VmId) -> bool {
+        let inner = lock(&self.inner);
+        match inner.entries.get(&vm) {
+            Some(entry) => !entry.state.is_live(),
+            None => inner.early.get(&vm).is_some_and(|early| early.end.is_some()),
+        }
+    }
+
+    /// Notes whether a VM that has not ended is paused. `is_paused` is asked here and not before, so that
+    /// of several who do this at the same time the last one notes what is true.
+    pub fn note_pause(&self, vm: VmId, is_paused: impl FnOnce() -> bool) {
+        let mut inner = lock(&self.inner);
+        if let Some(entry) = inner.entries.get_mut(&vm).filter(|entry| entry.state.is_live()) {
+            entry.state = if is_paused() { VmState::Paused } else { VmState::Running };
         }
     }
 
@@ -129,7 +149,7 @@ impl Registry {
     pub fn end(&self, vm: VmId, state: VmState) -> bool {
         let mut inner = lock(&self.inner);
         match inner.entries.get_mut(&vm) {
-            Some(entry) if entry.state == VmState::Running => {
+            Some(entry) if entry.state.is_live() => {
                 entry.state = state;
                 entry.console.close();
                 true
@@ -154,13 +174,29 @@ impl Observer for Registry {
         }
     }
 
-    fn ended(&self, vm: VmId, status: Option<u32>, text: &str) {
-        self.end(vm, VmState::Ended { status, text: text.to_owned() });
+    fn ended(&self, vm: VmId, how: HowEnded, status: Option<u32>, text: &str) {
+        self.end(vm, VmState::Ended { how, status, text: text.to_owned() });
         self.tell(Happening::Ended(Some(vm)));
     }
 
+    fn restarted(&self, vm: VmId) {
+        let mut inner = lock(&self.inner);
+        match inner.entries.get_mut(&vm) {
+            // It is being ended.
+            Some(entry) if entry.state == VmState::Stopped => {}
+            Some(entry) => {
+                entry.state = VmState::Running;
+                entry.console.reopen();
+            }
+            None => {
+                inner.early.entry(vm).or_default().end = None;
+            }
+        }
+    }
+
     fn gone(&self, vm: VmId) {
-        self.end(vm, VmState::Ended { status: None, text: "its process was killed".to_owned() });
+        let text = "its process was killed".to_owned();
+        self.end(vm, VmState::Ended { how: HowEnded::Killed, status: None, text });
         self.tell(Happening::Ended(None));
     }
 

@@ -12,13 +12,19 @@ use super::http::{self, Request};
 use super::registry::{Entry, Happening};
 use super::service::{Service, Work};
 use super::{
-    CloneView, ControlError, ForkReply, ForkRequest, MOST_CLONES, Problem, StopReply, VmList, VmState,
-    VmView, lock,
+    CloneView, ControlError, ForkReply, ForkRequest, InputReply, MOST_CLONES, Problem, ResetStages,
+    ResetView, StateRequest, StopReply, VmList, VmState, VmView, WantedState, lock,
 };
+use crate::family::{FamilyError, VmId};
 use crate::keeper::{Colony, ColonyError};
+use crate::member::messages::ResetReply;
 
 /// How long a client may take to say what it wants.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a list may wait for VMs that are looked at.
+const LOOK_LIMIT: Duration = Duration::from_millis(500);
+/// How long console input may wait for room.
+const ROOM_LIMIT: Duration = Duration::from_secs(1);
 /// Connections served at one time.
 const MOST_CONNECTIONS: usize = 256;
 /// How long to wait where the host has no descriptor left.
@@ -94,10 +100,12 @@ fn route(service: &Service, stream: &UnixStream, request: &Request) -> Result<()
     let parts: Vec<_> = request.path.split('/').skip(1).collect();
     match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["v1", "vms"]) => {
+            service.look();
             let vms = service.registry.all().iter().map(|entry| service.view(entry)).collect();
             Ok(http::write_json(&mut out, 200, &VmList { vms })?)
         }
         ("GET", ["v1", "vms", name]) => {
+            service.look();
             let entry = service.registry.find(name)?;
             Ok(http::write_json(&mut out, 200, &service.view(&entry))?)
         }
@@ -106,6 +114,11 @@ fn route(service: &Service, stream: &UnixStream, request: &Request) -> Result<()
             http::write_stream_head(&mut out)?;
             Ok(console.follow(&mut out, Some(stream.as_fd()))?)
         }
+        ("PATCH", ["v1", "vms", name]) => {
+            let entry = service.set_state(name, parse(&request.body)?)?;
+            Ok(http::write_json(&mut out, 200, &service.view(&entry))?)
+        }
+        ("POST", ["v1", "vms", name, "reset"]) => Ok(http::write_json(&mut out, 200, &service.reset(name)?)?),
         ("POST", ["v1", "vms", name, "fork"]) => {
             let clones = service.fork(name, &parse(&request.body)?)?;
             Ok(http::write_json(&mut out, 201, &ForkReply { clones })?)
@@ -120,7 +133,11 @@ fn route(service: &Service, stream: &UnixStream, request: &Request) -> Result<()
             service.registry.tell(Happening::Ended(None));
             Ok(answered?)
         }
-        (_, ["v1", "vms"] | ["v1", "vms", _] | ["v1", "vms", _, "console" | "fork" | "stop"]) => {
+        ("POST", ["v1", "vms", name, "console"]) => {
+            let accepted_bytes = service.input(name, &request.body)?;
+            Ok(http::write_json(&mut out, 200, &InputReply { accepted_bytes })?)
+        }
+        (_, ["v1", "vms"] | ["v1", "vms", _] | ["v1", "vms", _, "console" | "fork" | "reset" | "stop"]) => {
             let detail = format!("{} cannot be done with {}", request.method, request.path);
             Err(RouteError::Problem(described(405, "wrong-method", detail)))
         }
@@ -140,9 +157,16 @@ impl Service {
             state: entry.state.clone(),
             memory_bytes: self.memory_bytes,
             cpus: self.cpus,
-            pid: (entry.state == VmState::Running).then_some(entry.pid),
+            pid: entry.state.is_live().then_some(entry.pid),
             keeper_pid: std::process::id(),
             console: entry.console.path().to_owned(),
+        }
+    }
+
+    /// Finds out which guests have halted.
+    fn look(&self) {
+        if let Some(colony) = &*self.colony.read().unwrap_or_else(PoisonError::into_inner) {
+            colony.look_for_ends(LOOK_LIMIT);
         }
     }
 
@@ -155,24 +179,117 @@ impl Service {
     }
 
     fn fork(&self, name: &str, request: &ForkRequest) -> Result<Vec<CloneView>, ControlError> {
-        let source = self.registry.find_running(name)?;
+        let source = self.registry.find_live(name)?;
         let count =
             usize::try_from(request.count).ok().filter(|_| (1..=MOST_CLONES).contains(&request.count));
         let count = count.ok_or(ControlError::Count(request.count))?;
-        *lock(&self.forks) += 1;
-        let result = self.with_colony(|colony| self.fork_in(colony, &source, request, count));
-        *lock(&self.forks) -= 1;
-        // The source may have ended meanwhile, and the colony waited for this.
-        self.registry.tell(Happening::Ended(None));
+        let result =
+            self.under_way(|| self.with_colony(|colony| self.fork_in(colony, &source, request, count)));
         match result {
             // It ended, which says more.
             Err(ControlError::Colony(
                 ColonyError::NoVm(_) | ColonyError::Died(_) | ColonyError::Refused { .. },
             )) => {
-                self.registry.find_running(name)?;
+                self.registry.find_live(name)?;
                 result
             }
             result => result,
+        }
+    }
+
+    /// Does what makes VMs run: the colony does not end meanwhile.
+    fn under_way<T>(&self, act: impl FnOnce() -> T) -> T {
+        *lock(&self.under_way) += 1;
+        let result = act();
+        *lock(&self.under_way) -= 1;
+        // All may have ended meanwhile, and the colony waited for this.
+        self.registry.tell(Happening::Ended(None));
+        result
+    }
+
+    /// Pauses a VM or lets it go on; one that does so already stays as it is.
+    fn set_state(&self, name: &str, request: StateRequest) -> Result<Entry, ControlError> {
+        let vm = self.registry.find_live(name)?.vm;
+        let result = self.with_colony(|colony| {
+            let result = match request.state {
+                WantedState::Paused => colony.pause(vm),
+                WantedState::Running => colony.resume(vm),
+            };
+            // Also after a failure. One that is gone is not paused.
+            self.registry.note_pause(vm, || colony.is_paused(vm).unwrap_or(false));
+            Ok(result?)
+        });
+        // That it has ended meanwhile says more than any error.
+        let entry = self.registry.find_live(name)?;
+        result.map(|()| entry)
+    }
+
+    /// Returns a clone to its cut, also one whose guest has ended.
+    fn reset(&self, name: &str) -> Result<ResetView, ControlError> {
+        let entry = self.registry.find(name)?;
+        if entry.state == VmState::Stopped {
+            return Err(self.not_running(entry));
+        }
+        let result = self.under_way(|| {
+            self.with_colony(|colony| {
+                self.take_kept(entry.vm);
+                let result = colony.reset(entry.vm);
+                // Also if its end was noted in between.
+                self.take_kept(entry.vm);
+                Ok(result?)
+            })
+        });
+        match result {
+            Ok(reply) => Ok(reset_view(entry.name, &reply)),
+            Err(ControlError::Colony(ColonyError::Family(FamilyError::NoOrigin(_)))) => {
+                let reason = "it is no clone, so that there is no cut to return to".to_owned();
+                Err(ControlError::NotResettable { name: entry.name, reason })
+            }
+            Err(ControlError::Colony(ColonyError::Refused { reason, .. })) => {
+                Err(ControlError::NotResettable { name: entry.name, reason })
+            }
+            Err(ControlError::Colony(ColonyError::NoVm(_) | ColonyError::Died(_))) => {
+                Err(self.not_running(self.registry.find(name)?))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A clone that has ended is not to be kept any more. Returns whether it was.
+    fn take_kept(&self, vm: VmId) -> bool {
+        let mut kept = lock(&self.kept);
+        let at = kept.iter().position(|other| *other == vm);
+        at.and_then(|at| kept.remove(at)).is_some()
+    }
+
+    fn not_running(&self, entry: Entry) -> ControlError {
+        ControlError::NotRunning { how: entry.state.describe(), name: entry.name }
+    }
+
+    /// Gives a guest console input. Returns how much found room: a part at least, unless the guest reads
+    /// nothing for a while.
+    pub(super) fn input(&self, name: &str, input: &[u8]) -> Result<usize, ControlError> {
+        let entry = self.registry.find_live(name)?;
+        let given = self.give_input(entry.vm, input);
+        if given.is_err() {
+            // That it has ended says more.
+            self.registry.find_live(name)?;
+        }
+        given
+    }
+
+    fn give_input(&self, vm: VmId, input: &[u8]) -> Result<usize, ControlError> {
+        let member = self.with_colony(|colony| Ok(colony.member(vm)?))?;
+        let give = || self.with_colony(|colony| Ok(colony.console_input(vm, input)?));
+        let rooms = member.state().console_rooms;
+        let accepted = give()?;
+        if accepted > 0 || input.is_empty() {
+            return Ok(accepted);
+        }
+        match member.wait_for(ROOM_LIMIT, |state| (state.console_rooms != rooms).then_some(())) {
+            Ok(()) => give(),
+            Err(ColonyError::Silent { .. }) => Ok(0),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -208,19 +325,36 @@ impl Service {
     }
 
     fn stop(&self, name: &str) -> Result<StopReply, ControlError> {
-        let entry = self.registry.find_running(name)?;
+        let entry = self.registry.find(name)?;
         self.with_colony(|colony| {
-            if !self.registry.end(entry.vm, VmState::Stopped) {
-                // It has ended by itself in between.
-                self.registry.find_running(name)?;
+            if !self.registry.end(entry.vm, VmState::Stopped) && !self.take_kept(entry.vm) {
+                // It has ended by itself, and is not kept for a reset.
+                self.registry.find_live(name)?;
             }
             match colony.end(entry.vm) {
                 Ok(()) | Err(ColonyError::NoVm(_)) => {}
                 Err(error) => return Err(error.into()),
             }
-            let is_colony_ending = *lock(&self.forks) == 0 && colony.vms().is_empty();
+            let is_colony_ending = self.is_over(colony);
             Ok(StopReply { name: entry.name.clone(), is_colony_ending })
         })
+    }
+}
+
+fn reset_view(name: String, reply: &ResetReply) -> ResetView {
+    let times = &reply.times;
+    ResetView {
+        name,
+        restored_pages: reply.figures.restored_pages,
+        remapped_leaves: reply.figures.dropped_leaves,
+        reset_us: us(times.begun, times.resumed),
+        stages_us: ResetStages {
+            stop: us(times.begun, times.stopped),
+            drain: us(times.stopped, times.drained),
+            memory: us(times.drained, times.restored),
+            state: us(times.restored, times.set),
+            resume: us(times.set, times.resumed),
+        },
     }
 }
 

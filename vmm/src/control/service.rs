@@ -3,6 +3,7 @@
 //! [`Keeper::start`] takes a name, listens, boots; [`Keeper::run`] does what follows from events until
 //! the last VM has ended or a signal comes, and leaves nothing behind.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -17,11 +18,12 @@ use super::console::Console;
 use super::place::{Locked, Place};
 use super::registry::{Entry, Happening, Registry};
 use super::requests::accept;
+use super::terminal::{self, Over, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
-use crate::keeper::{Colony, ColonyConfig};
+use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::Irqchip;
 use crate::words::MemoryShape;
 
@@ -53,12 +55,20 @@ pub struct Outcome {
     pub signal: Option<i32>,
     /// The first VM.
     pub root: VmState,
+    /// The end of its console output, if nothing else was ever in the colony.
+    pub last_output: Option<String>,
 }
 
 /// How long a VM's end may take.
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long those who are being answered may take to read the rest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// How many clones that have ended are kept for a reset; then the one that ended first is let go.
+pub const KEPT_LIMIT: usize = 64;
+
+/// How much of its last output a colony leaves.
+const LAST_OUTPUT_BYTES: u64 = 2048;
 
 /// What belongs to a colony in the directory of names; dropping it removes all that.
 struct Presence {
@@ -91,8 +101,10 @@ pub(super) struct Service {
     /// Who is being answered, or written to.
     pub(super) working: Mutex<usize>,
     pub(super) rested: Condvar,
-    /// Forks on their way.
-    pub(super) forks: Mutex<usize>,
+    /// Forks and resets on their way.
+    pub(super) under_way: Mutex<usize>,
+    /// Clones whose guests have ended and that can be reset, the longest ended first.
+    pub(super) kept: Mutex<VecDeque<VmId>>,
     /// Connections that close when nothing of the colony is left.
     pub(super) farewells: Mutex<Vec<UnixStream>>,
 }
@@ -107,7 +119,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM and SIGHUP end it in order.
+    /// Starts a colony with its first VM. From here on SIGINT, SIGTERM, SIGHUP and SIGQUIT end it in order.
     ///
     /// # Errors
     /// The name is taken, or the host refused something. Nothing is left behind.
@@ -145,7 +157,8 @@ impl Keeper {
             cpus: settings.cpus,
             working: Mutex::new(0),
             rested: Condvar::new(),
-            forks: Mutex::new(0),
+            under_way: Mutex::new(0),
+            kept: Mutex::default(),
             farewells: Mutex::default(),
         });
         let for_clients = Arc::clone(&service);
@@ -180,6 +193,28 @@ impl Keeper {
         Ok(())
     }
 
+    /// Gives the first VM what comes from `source`, in a thread of its own. The leave key ends the colony
+    /// as SIGINT does.
+    ///
+    /// # Errors
+    /// The host has no room for a thread.
+    pub fn feed_console(&self, source: Source) -> Result<(), ControlError> {
+        let (service, name) = (Arc::clone(&self.service), self.root()?.name);
+        let run = move || {
+            let over = terminal::pump(source, |typed| {
+                let delivered = deliver(source, typed, |rest| service.input(&name, rest));
+                delivered.inspect_err(|error| tracing::debug!(%error, "console input ends")).is_ok()
+            });
+            match over {
+                Ok(Over::Left) => service.registry.tell(Happening::Signal(signal_hook::consts::SIGINT)),
+                Ok(Over::Ended) => {}
+                Err(error) => tracing::warn!(%error, "standard input cannot be read"),
+            }
+        };
+        std::thread::Builder::new().name("input".to_owned()).spawn(run)?;
+        Ok(())
+    }
+
     /// Keeps the colony until its last VM has ended, or a signal comes. `on_root_end` is told when the
     /// first VM has ended and others go on.
     ///
@@ -196,7 +231,7 @@ impl Keeper {
                 }
                 Happening::Forked(forked) => self.service.name_clones(&forked),
                 Happening::Ended(vm) => {
-                    vm.into_iter().for_each(|vm| self.service.let_go(vm));
+                    vm.into_iter().for_each(|vm| self.service.keep_or_let_go(vm));
                     ended = vm;
                 }
             }
@@ -224,30 +259,61 @@ impl Keeper {
             }
         }
         let root = self.root()?;
+        let is_alone = self.service.registry.all().len() == 1;
+        let last_output = is_alone.then(|| root.console.tail(LAST_OUTPUT_BYTES)).transpose()?;
         let working = lock(&self.service.working);
         let rest = self.service.rested.wait_timeout_while(working, ANSWER_LIMIT, |count| *count > 0);
         drop(rest);
         drop(self.presence);
         lock(&self.service.farewells).clear();
-        Ok(Outcome { signal, root: root.state })
+        Ok(Outcome { signal, root: root.state, last_output })
     }
 }
 
 impl Service {
-    /// A VM whose guest has ended is let go: its process ends when nobody needs its pages.
-    fn let_go(&self, vm: VmId) {
-        if let Some(colony) = &*self.colony.read().unwrap_or_else(PoisonError::into_inner)
-            && let Err(error) = colony.end(vm)
+    /// A clone whose guest has ended stands still from now on, for a reset. Any other VM is let go: its
+    /// process ends when nobody needs its pages.
+    fn keep_or_let_go(&self, vm: VmId) {
+        let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(colony) = &*colony else { return };
+        let mut kept = lock(&self.kept);
+        // Otherwise it has been reset meanwhile.
+        if !self.registry.has_ended(vm) {
+            return;
+        }
+        if colony.parent(vm).is_none() {
+            return let_go(colony, vm);
+        }
+        // Its other vCPUs may run still.
+        if let Err(error) = colony.pause(vm) {
+            tracing::debug!(%vm, %error, "a clone that has ended is not kept");
+            return let_go(colony, vm);
+        }
+        // A reset that came first has let it run again, and it was that which has just been paused.
+        if !self.registry.has_ended(vm) {
+            if let Err(error) = colony.resume(vm) {
+                tracing::debug!(%vm, %error, "a clone is gone that was just reset");
+            }
+            return;
+        }
+        kept.push_back(vm);
+        if kept.len() > KEPT_LIMIT
+            && let Some(oldest) = kept.pop_front()
         {
-            tracing::debug!(%error, "a vm that had ended was gone already");
+            let_go(colony, oldest);
         }
     }
 
-    /// No VM runs, and none is on its way.
+    /// No VM runs or is paused, and none is on its way. Clones that have ended are no reason to stay.
     fn is_empty(&self) -> bool {
         let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
+        colony.as_ref().is_none_or(|colony| self.is_over(colony))
+    }
+
+    /// As [`is_empty`](Self::is_empty).
+    pub(super) fn is_over(&self, colony: &Colony) -> bool {
         // In this order: a fork on its way makes VMs before it is counted off.
-        *lock(&self.forks) == 0 && colony.as_ref().is_none_or(|colony| colony.vms().is_empty())
+        *lock(&self.under_way) == 0 && colony.vms().iter().all(|vm| self.registry.has_ended(*vm))
     }
 
     /// Gives the clones of a guest's own fork names and consoles.
@@ -315,6 +381,12 @@ impl Service {
     }
 }
 
+fn let_go(colony: &Colony, vm: VmId) {
+    if let Err(error) = colony.end(vm) {
+        tracing::debug!(%error, "a vm that had ended was gone already");
+    }
+}
+
 /// Counts those who are at work for others.
 pub(super) struct Work(Arc<Service>);
 
@@ -334,12 +406,13 @@ impl Drop for Work {
 
 /// Signals are told to the main thread; a second one ends the process at once, and with it all VMs.
 fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
     let registry = Arc::clone(registry);
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for (seen, signal) in signals.forever().enumerate() {
             if seen > 0 {
+                terminal::restore();
                 std::process::exit(128 + signal);
             }
             registry.tell(Happening::Signal(signal));
@@ -381,9 +454,14 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
 
 fn boot(colony: &Colony, settings: &Settings) -> Result<VmId, ControlError> {
     let Some(kernel) = &settings.kernel else { return Ok(colony.boot(&settings.command_line)?) };
-    let kernel = open(kernel)?;
+    let image = open(kernel)?;
     let initrd = settings.initrd.as_deref().map(open).transpose()?;
-    Ok(colony.boot_image(&kernel, initrd.as_ref(), &settings.command_line)?)
+    match colony.boot_image(&image, initrd.as_ref(), &settings.command_line) {
+        Err(ColonyError::Refused { reason, .. }) => {
+            Err(ControlError::Kernel { path: kernel.clone(), reason })
+        }
+        booted => Ok(booted?),
+    }
 }
 
 fn open(path: &Path) -> Result<File, ControlError> {

@@ -218,20 +218,25 @@ impl Backing {
             let expected = state.base_bytes;
             return Err(BackingError::Base { expected, found });
         }
-        let counts = state.map.blocks_by_file();
-        let mut layers = Vec::new();
-        for (number, id) in state.files.iter().enumerate() {
-            let blocks = counts.get(number).copied().unwrap_or(0);
-            layers.push(match id {
-                Some(id) if blocks > 0 => {
-                    let file = Arc::new(files.open(*id)?);
-                    Some(Layer { id: *id, file, blocks })
-                }
-                _ => None,
-            });
-        }
+        let layers = layers_of(state, files.as_ref())?;
         let map = state.map.clone();
         Ok(Self::build(state.bytes, base.zip(found), files, map, layers))
+    }
+
+    /// Returns to the frozen map that this backing began with. No transfer is under way.
+    ///
+    /// # Errors
+    /// The host's, when it opens an extent file: nothing has changed.
+    pub fn reset(&self, state: &BackingState) -> Result<(), BackingError> {
+        let mut layers = layers_of(state, self.files.as_ref())?;
+        let mut inner = lock(&self.inner);
+        let own = inner.own.layer.and_then(|number| inner.layers.get_mut(index(number.into()))?.take());
+        inner.own.layer = own.map(|own| add_layer(&mut layers, Layer { blocks: 0, ..own })).transpose()?;
+        inner.layers = layers;
+        inner.map = state.map.clone();
+        let own = &mut inner.own;
+        own.free.extend(own.private.drain());
+        Ok(())
     }
 
     fn build(
@@ -368,19 +373,8 @@ impl Backing {
         }
         let (id, file) = self.files.create()?;
         let file = Arc::new(file);
-        let layer = Some(Layer { id, file: Arc::clone(&file), blocks: 0 });
-        let number = match inner.layers.iter().position(Option::is_none) {
-            Some(number) => {
-                inner.layers[number] = layer;
-                number
-            }
-            None => {
-                inner.layers.push(layer);
-                inner.layers.len() - 1
-            }
-        };
-        let number = u32::try_from(number).ok().filter(|n| *n != NO_FILE);
-        inner.own.layer = Some(number.ok_or(BackingError::Full)?);
+        let layer = Layer { id, file: Arc::clone(&file), blocks: 0 };
+        inner.own.layer = Some(add_layer(&mut inner.layers, layer)?);
         Ok(file)
     }
 
@@ -455,6 +449,28 @@ impl Inner {
             }
         }
     }
+}
+
+/// Opens the extent files that a frozen map names.
+fn layers_of(state: &BackingState, files: &dyn ExtentFiles) -> io::Result<Vec<Option<Layer>>> {
+    let counts = state.map.blocks_by_file();
+    let layer = |(number, id): (usize, &Option<ExtentFileId>)| {
+        let blocks = counts.get(number).copied().unwrap_or(0);
+        let id = id.filter(|_| blocks > 0);
+        id.map(|id| Ok(Layer { id, file: Arc::new(files.open(id)?), blocks })).transpose()
+    };
+    state.files.iter().enumerate().map(layer).collect()
+}
+
+/// Puts a layer where there is room; returns its number.
+fn add_layer(layers: &mut Vec<Option<Layer>>, layer: Layer) -> Result<u32, BackingError> {
+    let number = layers.iter().position(Option::is_none).unwrap_or(layers.len());
+    let name = u32::try_from(number).ok().filter(|name| *name != NO_FILE).ok_or(BackingError::Full)?;
+    match layers.get_mut(number) {
+        Some(slot) => *slot = Some(layer),
+        None => layers.push(Some(layer)),
+    }
+    Ok(name)
 }
 
 fn file_bytes(file: &File) -> io::Result<u64> {

@@ -1,11 +1,16 @@
 //! The serial port: vm-superio's 16550, with its output to a sink, its input from the host, and a
 //! state that goes to a clone.
 //!
+//! The port has room for 64 bytes of input; what comes beyond that waits behind it, up to
+//! [`BACKLOG_BYTES`], and is part of the state. Whoever was refused some is told when there is room again.
+//!
 //! Input and its interrupt are written inside the completion gate, so a cut has both or neither.
 //! Guest accesses need no gate: the vCPUs stand still at a cut.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +22,13 @@ use super::{InterruptLine, lock};
 
 /// Ports of the device.
 pub const SERIAL_PORTS: u16 = 8;
+
+/// The most input that waits for room in the port.
+pub const BACKLOG_BYTES: usize = 4096;
+/// What vm-superio's port holds itself.
+const PORT_BYTES: usize = 64;
+/// The port's data register.
+const DATA: u8 = 0;
 
 /// Where the guest's output goes.
 pub type Sink = Box<dyn Write + Send>;
@@ -51,6 +63,8 @@ pub struct SerialState {
     pub registers: [u8; 9],
     /// Input that the guest has not read, 64 bytes at most.
     pub input: Vec<u8>,
+    /// Input behind that, [`BACKLOG_BYTES`] at most.
+    pub backlog: Vec<u8>,
 }
 
 impl From<RawState> for SerialState {
@@ -68,6 +82,7 @@ impl From<RawState> for SerialState {
                 raw.scratch,
             ],
             input: raw.in_buffer,
+            backlog: Vec::new(),
         }
     }
 }
@@ -101,16 +116,47 @@ pub struct SerialStateError {
 
 /// The port.
 pub struct SerialPort {
-    serial: Mutex<Serial<Line, NoEvents, Sink>>,
+    inner: Mutex<Inner>,
     gate: Arc<CompletionGate>,
+    /// Input was refused that would find room now.
+    has_room: AtomicBool,
+}
+
+struct Inner {
+    serial: Serial<Line, NoEvents, Sink>,
+    backlog: VecDeque<u8>,
+    /// Some input has found no room.
+    is_refusing: bool,
+}
+
+impl Inner {
+    /// Moves input into the port as far as there is room.
+    fn refill(&mut self) {
+        while !self.backlog.is_empty() {
+            let (first, _) = self.backlog.as_slices();
+            let accepted = match self.serial.enqueue_raw_bytes(first) {
+                Ok(accepted) => accepted,
+                Err(Error::FullFifo | Error::IOError(_)) => 0,
+                Err(Error::Trigger(never)) => match never {},
+            };
+            if accepted == 0 {
+                return;
+            }
+            self.backlog.drain(..accepted);
+        }
+    }
 }
 
 impl SerialPort {
     /// A port after reset.
     #[must_use]
     pub fn new(sink: Sink, interrupt: Option<SerialInterrupt>, gate: Arc<CompletionGate>) -> Self {
-        let serial = Mutex::new(Serial::new(Line(interrupt), sink));
-        Self { serial, gate }
+        Self::with(Serial::new(Line(interrupt), sink), VecDeque::new(), gate)
+    }
+
+    fn with(serial: Serial<Line, NoEvents, Sink>, backlog: VecDeque<u8>, gate: Arc<CompletionGate>) -> Self {
+        let inner = Mutex::new(Inner { serial, backlog, is_refusing: false });
+        Self { inner, gate, has_room: AtomicBool::new(false) }
     }
 
     /// A clone's port. If an interrupt is pending in the state it is raised again, so the line
@@ -125,43 +171,69 @@ impl SerialPort {
         gate: Arc<CompletionGate>,
     ) -> Result<Self, SerialStateError> {
         let raw = RawState::from(state);
-        let serial = Serial::from_state(&raw, Line(interrupt), NoEvents, sink);
-        let serial = serial.map_err(|_| SerialStateError { input_bytes: state.input.len() })?;
-        Ok(Self { serial: Mutex::new(serial), gate })
+        let error = || SerialStateError { input_bytes: state.input.len() + state.backlog.len() };
+        if state.backlog.len() > BACKLOG_BYTES {
+            return Err(error());
+        }
+        let serial = Serial::from_state(&raw, Line(interrupt), NoEvents, sink).map_err(|_| error())?;
+        Ok(Self::with(serial, state.backlog.iter().copied().collect(), gate))
     }
 
     /// A guest's read of port `SERIAL + offset`.
     pub fn read(&self, offset: u8, into: &mut [u8]) {
         into.fill(0);
         if let [value] = into {
-            *value = lock(&self.serial).read(offset);
+            let mut inner = lock(&self.inner);
+            *value = inner.serial.read(offset);
+            if offset == DATA {
+                self.read_data(&mut inner);
+            }
         }
+    }
+
+    /// Something may have been read: an empty port takes what waits, with one interrupt for all of it.
+    fn read_data(&self, inner: &mut Inner) {
+        if inner.serial.fifo_capacity() == PORT_BYTES {
+            inner.refill();
+        }
+        if inner.backlog.is_empty() && std::mem::take(&mut inner.is_refusing) {
+            self.has_room.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether there is room again where there was none: true the first time.
+    pub fn take_room(&self) -> bool {
+        self.has_room.load(Ordering::Relaxed) && self.has_room.swap(false, Ordering::Relaxed)
     }
 
     /// A guest's write to port `SERIAL + offset`.
     pub fn write(&self, offset: u8, from: &[u8]) {
         if let [value] = *from
-            && let Err(error) = lock(&self.serial).write(offset, value)
+            && let Err(error) = lock(&self.inner).serial.write(offset, value)
         {
             // A real line loses bytes too; the guest goes on.
             tracing::debug!(%error, "serial output is lost");
         }
     }
 
-    /// Gives the guest input. Returns how many bytes found room (the queue holds 64).
+    /// Gives the guest input. Returns how many bytes found room.
     pub fn enqueue(&self, input: &[u8]) -> usize {
         let _inside = self.gate.enter();
-        match lock(&self.serial).enqueue_raw_bytes(input) {
-            Ok(accepted) => accepted,
-            Err(Error::FullFifo | Error::IOError(_)) => 0,
-            Err(Error::Trigger(never)) => match never {},
-        }
+        let mut inner = lock(&self.inner);
+        let accepted = input.len().min(BACKLOG_BYTES - inner.backlog.len());
+        inner.backlog.extend(&input[..accepted]);
+        inner.refill();
+        inner.is_refusing |= accepted < input.len();
+        accepted
     }
 
     /// The port's state for a clone. The gate must be held and the vCPUs stopped.
     #[must_use]
     pub fn save(&self, _held: &HeldGate) -> SerialState {
-        lock(&self.serial).state().into()
+        let inner = lock(&self.inner);
+        let mut state = SerialState::from(inner.serial.state());
+        state.backlog = inner.backlog.iter().copied().collect();
+        state
     }
 }
 
@@ -170,7 +242,6 @@ mod tests {
     use super::*;
     use crate::devices::testing::{CountingLine, SharedSink};
 
-    const DATA: u8 = 0;
     const INTERRUPT_ENABLE: u8 = 1;
     const SCRATCH: u8 = 7;
 
@@ -190,6 +261,35 @@ mod tests {
         let mut byte = [0];
         port.read(DATA, &mut byte);
         assert_eq!(byte, *b"a");
+    }
+
+    #[test]
+    fn long_input_waits_with_one_interrupt_for_each_portful() {
+        let (gate, line) = (CompletionGate::new(), CountingLine::new());
+        let interrupt = Some(SerialInterrupt { line: line.clone(), vector: 4 });
+        let port = SerialPort::new(Box::new(SharedSink::default()), interrupt, gate.clone());
+        port.write(INTERRUPT_ENABLE, &[1]);
+        let text: Vec<u8> = (0..=255).cycle().take(PORT_BYTES + BACKLOG_BYTES + 100).collect();
+        let first = port.enqueue(&text);
+        // Whether the port takes its part before or after is of no account to whoever sends the rest.
+        assert!((BACKLOG_BYTES..=PORT_BYTES + BACKLOG_BYTES).contains(&first));
+        assert!(!port.take_room());
+        let state = port.save(&gate.hold());
+        let own = CompletionGate::new();
+        let clone = SerialPort::restore(&state, Box::new(SharedSink::default()), None, own);
+        for port in [&clone.expect("the state was just saved"), &port] {
+            for expected in &text[..first] {
+                let mut byte = [0];
+                port.read(DATA, &mut byte);
+                assert_eq!(byte[0], *expected);
+            }
+        }
+        assert!(port.take_room() && !port.take_room());
+        assert_eq!(port.enqueue(&text[first..]), text.len() - first);
+        assert!(line.raised(4) <= first.div_ceil(PORT_BYTES) + 1);
+        let too_much = SerialState { backlog: vec![0; BACKLOG_BYTES + 1], ..state };
+        let refused = SerialPort::restore(&too_much, Box::new(SharedSink::default()), None, gate);
+        assert!(refused.is_err());
     }
 
     #[test]

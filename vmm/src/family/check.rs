@@ -74,8 +74,8 @@ impl Family {
     /// The first thing that is not as it should be.
     pub fn check(&self) -> Result<(), FamilyFault> {
         let mut recount = Recount::default();
-        for vm in self.vms.values() {
-            self.recount(vm.root, &mut recount);
+        for (_, entry) in self.held_entries() {
+            self.recount(entry, &mut recount);
         }
         for cut in self.cuts.values() {
             self.recount(cut.base, &mut recount);

@@ -54,6 +54,9 @@ pub enum FamilyError {
     /// All cut numbers are in use.
     #[error("all {0} cuts are in use")]
     Cuts(u32),
+    /// The VM keeps no cut to return to.
+    #[error("{0} has no cut that it could return to: it is no clone, or was made without")]
+    NoOrigin(VmId),
     /// No room for a table.
     #[error("no room for a table")]
     Tables(#[from] TablesError),
@@ -77,6 +80,10 @@ pub struct Sweep {
 struct Vm {
     /// What the VM shares, and, after a harvest, which pages it owns.
     root: Entry,
+    /// What a resettable clone shared when it began, kept as long as it lives.
+    origin: Option<Entry>,
+    /// Whether the root reaches what the origin does: no cut of the VM has come between.
+    is_at_origin: bool,
     slot: u32,
 }
 
@@ -132,13 +139,13 @@ impl Family {
 
     /// A VM that shares nothing, in member slot `slot`.
     pub fn first_vm(&mut self, slot: u32) -> VmId {
-        self.add_vm(slot, Entry::Empty)
+        self.add_vm(slot, Entry::Empty, None)
     }
 
-    fn add_vm(&mut self, slot: u32, root: Entry) -> VmId {
+    fn add_vm(&mut self, slot: u32, root: Entry, origin: Option<Entry>) -> VmId {
         let vm = VmId(self.next_vm);
         self.next_vm += 1;
-        self.vms.insert(vm, Vm { root, slot });
+        self.vms.insert(vm, Vm { root, origin, is_at_origin: true, slot });
         self.slots.insert(vm, slot);
         self.board.member(slot).set_base(root.encode());
         vm
@@ -203,7 +210,8 @@ impl Family {
         };
         cut.committed = true;
         let source = cut.source;
-        if self.vms.contains_key(&source) {
+        if let Some(vm) = self.vms.get_mut(&source) {
+            vm.is_at_origin = false;
             let thunk = self.share(Entry::Thunk(id));
             self.set_root(source, thunk);
         }
@@ -225,26 +233,51 @@ impl Family {
         }
     }
 
-    /// A clone of `cut`, in member slot `slot`.
+    /// A clone of `cut`, in member slot `slot`. One that is resettable keeps what it shares now, all
+    /// its life, to return to it.
     ///
     /// # Errors
     /// The cut has been declared unneeded, or does not exist.
-    pub fn clone_vm(&mut self, cut: CutId, slot: u32) -> Result<VmId, FamilyError> {
-        match self.cuts.get(&cut) {
-            Some(known) if known.committed && !known.unneeded => {}
-            _ => return Err(FamilyError::NoCut(cut)),
-        }
-        let root = self.share(Entry::Thunk(cut));
-        Ok(self.add_vm(slot, root))
+    pub fn clone_vm(&mut self, cut: CutId, slot: u32, is_resettable: bool) -> Result<VmId, FamilyError> {
+        let known = self.cuts.get(&cut).filter(|known| known.committed && !known.unneeded);
+        let known = known.ok_or(FamilyError::NoCut(cut))?;
+        let shared = known.table.unwrap_or(Entry::Thunk(cut));
+        let root = self.share(shared);
+        let origin = is_resettable.then(|| self.share(shared));
+        Ok(self.add_vm(slot, root, origin))
+    }
+
+    /// Whether a clone can return to its cut without [`Family::reset_vm`]: it has not been cut itself.
+    ///
+    /// # Errors
+    /// No such VM, or it is no clone.
+    pub fn is_at_origin(&self, vm: VmId) -> Result<bool, FamilyError> {
+        let known = self.vms.get(&vm).ok_or(FamilyError::NoVm(vm))?;
+        known.origin.map(|_| known.is_at_origin).ok_or(FamilyError::NoOrigin(vm))
+    }
+
+    /// A clone returns to its cut: it shares again what it did when it began. Its window must follow.
+    ///
+    /// # Errors
+    /// No such VM, or it is no clone; or no room.
+    pub fn reset_vm(&mut self, vm: VmId) -> Result<(), FamilyError> {
+        self.forget_harvest(vm)?;
+        let known = self.vms.get_mut(&vm).ok_or(FamilyError::NoVm(vm))?;
+        let origin = known.origin.ok_or(FamilyError::NoOrigin(vm))?;
+        known.is_at_origin = true;
+        let root = self.share(origin);
+        self.set_root(vm, root);
+        Ok(())
     }
 
     /// A VM has ended: it needs nothing any more. What others need of it stays where it is until
     /// [`Family::source_gone`].
     pub fn end_vm(&mut self, vm: VmId) {
-        if let Some(Vm { root, slot }) = self.vms.remove(&vm) {
+        if let Some(Vm { root, origin, slot, .. }) = self.vms.remove(&vm) {
             // A thread of its process that looks once more must find nothing that is being given up.
             self.board.member(slot).set_base(Entry::Empty.encode());
             self.release(root);
+            origin.into_iter().for_each(|origin| self.release(origin));
         }
     }
 
@@ -327,6 +360,13 @@ impl Family {
             self.board.member(entry.slot).set_base(root.encode());
             self.release(old);
         }
+    }
+
+    /// The entries that VMs hold: roots and origins, with whose they are.
+    fn held_entries(&self) -> impl Iterator<Item = (VmId, Entry)> + '_ {
+        self.vms.iter().flat_map(|(vm, known)| {
+            [Some(known.root), known.origin].into_iter().flatten().map(move |entry| (*vm, entry))
+        })
     }
 
     /// Takes a reference, on a cut too.

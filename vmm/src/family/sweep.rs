@@ -79,7 +79,7 @@ impl Family {
         let is_own = |vm: VmId| vm == cut.source;
         let is_own_cut = |other: &Cut| other.source == cut.source && other.unneeded;
         let (own, others): (Vec<Entry>, Vec<Entry>) = {
-            let vms = self.vms.iter().map(|(vm, known)| (is_own(*vm), known.root));
+            let vms = self.held_entries().map(|(vm, entry)| (is_own(vm), entry));
             let cuts = self.cuts.values().flat_map(|other| {
                 let entries = [Some(other.base), other.table];
                 entries.into_iter().flatten().map(move |entry| (is_own_cut(other), entry))
@@ -150,6 +150,7 @@ impl Family {
             let root = self.share(table);
             self.set_root(vm, root);
         }
+        self.settle_origins(id, table);
         let above: Vec<CutId> =
             self.cuts.iter().filter(|(_, cut)| cut.base == Entry::Thunk(id)).map(|(cut, _)| *cut).collect();
         for other in above {
@@ -164,6 +165,24 @@ impl Family {
         Ok(())
     }
 
+    /// Gives a settled cut's table to the clones that can return to the cut.
+    fn settle_origins(&mut self, id: CutId, table: Entry) {
+        let clones: Vec<VmId> = self
+            .vms
+            .iter()
+            .filter(|(_, known)| known.origin == Some(Entry::Thunk(id)))
+            .map(|(vm, _)| *vm)
+            .collect();
+        for vm in clones {
+            let origin = self.share(table);
+            if let Some(known) = self.vms.get_mut(&vm)
+                && let Some(old) = known.origin.replace(origin)
+            {
+                self.release(old);
+            }
+        }
+    }
+
     /// Puts the entries of a settled cut's table where other tables name the cut, so that the cut
     /// does not live as long as they do.
     fn replace_in_tables(&mut self, id: CutId, table: Entry) {
@@ -172,7 +191,7 @@ impl Family {
             return;
         }
         let of_cuts = self.cuts.values().flat_map(|cut| [Some(cut.base), cut.table]).flatten();
-        let roots: Vec<Entry> = self.vms.values().map(|vm| vm.root).chain(of_cuts).collect();
+        let roots: Vec<Entry> = self.held_entries().map(|(_, entry)| entry).chain(of_cuts).collect();
         self.tables.replace_thunk(&roots, id, table, &mut retain_in(&mut self.cuts));
         self.count_released();
     }

@@ -34,7 +34,7 @@ impl Play {
     fn fork(&mut self, source: VmId, slot: u32, protected: &[LeafNumber]) -> (CutId, VmId) {
         let cut = self.cut(source, protected);
         self.board.open_member(slot).expect("the heap has room");
-        (cut, self.family.clone_vm(cut, slot).expect("the cut is new"))
+        (cut, self.family.clone_vm(cut, slot, false).expect("the cut is new"))
     }
 
     fn publish(&self, cut: CutId, leaves: &[LeafNumber]) {
@@ -85,7 +85,7 @@ fn a_fork_takes_one_reference() {
     assert_eq!(play.family.resolve(clone, LEAVES[0]).expect("lives"), Found::Pending(cut));
     assert_eq!(play.family.resolve(clone, LeafNumber(5)).expect("lives"), Found::Zero);
     for slot in 2..12 {
-        play.family.clone_vm(cut, slot).expect("the cut is needed");
+        play.family.clone_vm(cut, slot, false).expect("the cut is needed");
     }
     assert_eq!((play.family.table_counts(), play.family.references_to(cut)), (TableCounts::default(), 12));
 }
@@ -160,7 +160,7 @@ fn an_unneeded_cut_is_let_go_by_its_source() {
     let sweep = play.family.sweep().expect("there is room");
     assert_eq!(sweep.unneeded, [cut], "in the first sweep after the clone's end");
     assert!(play.board.cut(cut).is_unneeded() && !play.family.is_image_needed(first));
-    assert!(matches!(play.family.clone_vm(cut, 2), Err(FamilyError::NoCut(_))), "no new dependants");
+    assert!(matches!(play.family.clone_vm(cut, 2, false), Err(FamilyError::NoCut(_))), "no new dependants");
     assert_eq!(play.family.open_cuts(), 1, "the source has not let go yet");
     play.family.cut_released(cut);
     assert_eq!(play.sweep().closed, [cut]);
@@ -355,7 +355,7 @@ fn patches_keep_their_block_and_their_cut() {
 fn a_reserved_cut_can_be_given_up() {
     let (mut play, first) = Play::new();
     let cut = play.family.reserve_cut(first).expect("there is room");
-    assert!(matches!(play.family.clone_vm(cut, 1), Err(FamilyError::NoCut(_))), "not performed yet");
+    assert!(matches!(play.family.clone_vm(cut, 1, false), Err(FamilyError::NoCut(_))), "not performed yet");
     play.family.abort_cut(cut);
     assert_eq!(play.sweep().closed, [cut]);
     assert_eq!(play.family.tables().path(play.family.root(first).expect("lives"), LEAVES[0]).len(), 1);
@@ -392,4 +392,32 @@ fn what_a_source_has_itself_goes_with_the_last_clone() {
     play.board.member(0).set_map(LEAVES[1], LeafMap::Own);
     let sweep = play.sweep();
     assert_eq!((sweep.freed.len(), sweep.closed), (1, vec![cut]));
+}
+
+/// A clone that was cut itself shares what it did at the beginning, when it is told to return there.
+#[test]
+fn a_resettable_clone_keeps_its_origin() {
+    let (mut play, first) = Play::new();
+    let (cut, other) = play.fork(first, 1, &LEAVES);
+    let clone = play.family.clone_vm(cut, 2, true).expect("the cut is needed");
+    assert!(matches!(play.family.reset_vm(first), Err(FamilyError::NoOrigin(_))));
+    assert!(matches!(play.family.is_at_origin(other), Err(FamilyError::NoOrigin(_))));
+    assert!(play.family.is_at_origin(clone).expect("it can return"));
+    play.publish(cut, &LEAVES);
+    play.sweep();
+    let (second, grandchild) = play.fork(clone, 3, &LEAVES[..1]);
+    play.publish(second, &LEAVES[..1]);
+    play.sweep();
+    assert!(!play.family.is_at_origin(clone).expect("it can return"));
+    assert_eq!(play.family.resolve(clone, LEAVES[0]).expect("lives"), block(second));
+    play.family.reset_vm(clone).expect("there is room");
+    play.sweep();
+    assert!(play.family.is_at_origin(clone).expect("it can return"));
+    assert_eq!(play.family.resolve(clone, LEAVES[0]).expect("lives"), block(cut));
+    assert_eq!(play.family.resolve(grandchild, LEAVES[0]).expect("lives"), block(second));
+    for vm in [first, other, clone, grandchild] {
+        play.end(vm);
+        play.sweep();
+    }
+    play.assert_empty();
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 
@@ -94,7 +95,7 @@ impl Colony {
             }
         }
         let checked = result.and_then(|()| self.check_stopped(&stopped));
-        for member in stopped {
+        for member in stopped.into_iter().filter(|member| !member.is_paused.load(Ordering::SeqCst)) {
             match member.ask(Order::Resume, &[]) {
                 Ok(_) | Err(ColonyError::Died(_)) => {}
                 Err(error) => return Err(error),

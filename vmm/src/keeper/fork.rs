@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::member_handle::{Asked, MemberHandle};
+use super::pause::Still;
 use super::steward::Job;
 use super::{Colony, ColonyError, Shared, borrow};
 use crate::family::VmId;
@@ -22,6 +23,8 @@ pub struct Cloned {
     pub vm: VmId,
     /// In nanoseconds of `CLOCK_MONOTONIC`.
     pub running_at: u64,
+    /// What its memory took: tables and window, in nanoseconds.
+    pub memory_ns: u64,
 }
 
 /// What a fork did.
@@ -52,6 +55,8 @@ pub struct ForkTimes {
     pub pause_us: f64,
     /// Request to the clone's vCPU entering the guest.
     pub call_us: f64,
+    /// What of the call is memory's: tables, files, reservation, copies, protection, the clone's window.
+    pub memory_us: f64,
     /// Request to the clone's first exit.
     pub first_instruction_us: f64,
     /// The parts.
@@ -160,6 +165,7 @@ pub(super) fn times_of(
     ForkTimes {
         pause_us: us(times.reserved, reentered.max(times.resumed)),
         call_us: us(forked.asked_at, entered.max(clone.running_at)),
+        memory_us: memory_us(forked, clone),
         first_instruction_us: us(forked.asked_at, first_exit),
         stages_us: Stages {
             reserve_structure: us(forked.asked_at, forked.reserved_at),
@@ -178,6 +184,13 @@ pub(super) fn times_of(
     }
 }
 
+fn memory_us(forked: &Forked, clone: &Cloned) -> f64 {
+    let times = &forked.times;
+    let reserved = (forked.reserved_at - forked.asked_at) + (times.reserved - times.begun);
+    let paused = forked.figures.copy + forked.figures.protect;
+    (reserved + clone.memory_ns) as f64 / 1e3 + paused.as_secs_f64() * 1e6
+}
+
 impl Shared {
     pub(super) fn fork(
         self: &Arc<Self>,
@@ -187,42 +200,31 @@ impl Shared {
     ) -> Result<Forked, ColonyError> {
         let asked_at = monotonic_ns();
         let member = self.member(source)?;
+        // Until the cut is committed: the base of the next one is the table that this one leaves.
+        let mut still = member.changing();
         let members = self.take_members(count)?;
-        let (cut, previous) = {
-            let mut inner = self.lock();
-            match inner.family.reserve_cut(source) {
-                Ok(cut) => (cut, inner.last_cut.get(&source).copied()),
+        let known = self.still_cut(&member, &mut still);
+        let taken = match known {
+            Some(known) => known.again(monotonic_ns()),
+            None => match self.take_new_cut(&member, asked_by) {
+                Ok(taken) => taken,
                 Err(error) => {
-                    drop(inner);
                     members.into_iter().for_each(|member| self.give_back(member));
-                    return Err(error.into());
+                    return Err(error);
                 }
-            }
+            },
         };
-        let taken = match self.take_cut(&member, cut, previous, asked_by) {
-            Ok(taken) => taken,
-            Err(error) => {
-                // The files, if any, go with the next sweep.
-                self.lock().family.abort_cut(cut);
-                members.into_iter().for_each(|member| self.give_back(member));
-                self.post(Job::Sweep);
-                return Err(error);
-            }
-        };
-        let cut_at = monotonic_ns();
-        {
-            let mut inner = self.lock();
-            inner.family.commit_cut(cut);
-            // Nobody but the source refers to it before the first clone does, and a clone looks for its
-            // file: a sweep must not come between.
-            inner.family.hold_cut(cut);
-            // Not of a source that is gone by now: nobody would take it out again.
-            if inner.vms.contains_key(&source) {
-                inner.last_cut.insert(source, cut);
-            }
+        let cut = taken.cut;
+        let taken = Arc::new(taken);
+        let is_held_on = taken.reply.is_still;
+        if is_held_on && still.is_none() {
+            *still = Some(Still { changes: member.changes(), taken: Arc::clone(&taken) });
         }
-        let clones = self.start_clones(source, cut, &taken, members);
-        self.lock().family.let_go_of_cut(cut);
+        drop(still);
+        let clones = self.start_clones(source, &taken, members);
+        if !is_held_on {
+            self.lock().family.let_go_of_cut(cut);
+        }
         self.post(Job::Sweep);
         self.post(Job::FillPool);
         Ok(Forked {
@@ -231,10 +233,39 @@ impl Shared {
             clones: clones?,
             asked_at,
             reserved_at: taken.reserved_at,
-            cut_at,
+            cut_at: taken.cut_at,
             times: taken.reply.times,
             figures: taken.reply.figures,
         })
+    }
+
+    /// Takes a cut, which is held then.
+    fn take_new_cut(&self, member: &MemberHandle, asked_by: Option<usize>) -> Result<Taken, ColonyError> {
+        let source = member.vm();
+        let (cut, previous) = {
+            let mut inner = self.lock();
+            let cut = inner.family.reserve_cut(source)?;
+            (cut, inner.last_cut.get(&source).copied())
+        };
+        let taken = match self.take_cut(member, cut, previous, asked_by) {
+            Ok(taken) => taken,
+            Err(error) => {
+                // The files, if any, go with the next sweep.
+                self.lock().family.abort_cut(cut);
+                self.post(Job::Sweep);
+                return Err(error);
+            }
+        };
+        let mut inner = self.lock();
+        inner.family.commit_cut(cut);
+        // Nobody but the source refers to it before the first clone does, and a clone looks for its
+        // file: a sweep must not come between.
+        inner.family.hold_cut(cut);
+        // Not of a source that is gone by now: nobody would take it out again.
+        if inner.vms.contains_key(&source) {
+            inner.last_cut.insert(source, cut);
+        }
+        Ok(taken)
     }
 
     /// Members for `count` clones, before anything else is done: all or none.
@@ -264,86 +295,138 @@ impl Shared {
         let order = Order::Cut { cut, previous, asked_by };
         let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
         self.lock().files.insert(cut, files);
-        match answer? {
-            (Reply::Cut(reply), extents) => Ok(Taken { reply, extents, reserved_at }),
-            _ => {
-                Err(ColonyError::Refused { vm: member.vm(), reason: "it answered something else".to_owned() })
-            }
+        match answer {
+            Ok((Reply::Cut(reply), extents)) => Ok(Taken {
+                cut,
+                reply: *reply,
+                extents: Arc::new(extents),
+                reserved_at,
+                cut_at: monotonic_ns(),
+            }),
+            other => Err(other.err().unwrap_or_else(|| unexpected(member.vm()))),
         }
     }
 
-    /// All of them, or none: a clone that started before another failed is killed.
+    /// All of them, or none: if one cannot be started, all are killed.
     fn start_clones(
         self: &Arc<Self>,
         source: VmId,
-        cut: CutId,
         taken: &Taken,
         members: Vec<Arc<MemberHandle>>,
     ) -> Result<Vec<Cloned>, ColonyError> {
+        // All are told before the first is waited for.
+        let begun: Vec<_> = members.iter().map(|member| self.begin_clone(source, taken, member)).collect();
         let mut started: Vec<(Cloned, Arc<MemberHandle>)> = Vec::new();
-        let mut members = members.into_iter();
-        for member in members.by_ref() {
-            match self.start_clone(source, cut, taken, &member) {
-                Ok(clone) => started.push(clone),
+        let mut failed = None;
+        for (member, begun) in members.iter().zip(begun) {
+            match begun.and_then(Begun::wait) {
+                Ok(clone) => started.push((clone, Arc::clone(member))),
+                // A clone whose member dies before it runs is taken over by another, once.
+                Err(ColonyError::Died(_)) if failed.is_none() => match self.start_other(source, taken) {
+                    Ok(other) => started.push(other),
+                    Err(error) => failed = Some(error),
+                },
                 Err(error) => {
-                    started.iter().for_each(|(_, member)| member.kill());
-                    started.iter().for_each(|(_, member)| member.wait_end());
-                    members.for_each(|member| self.give_back(member));
-                    return Err(error);
+                    member.kill();
+                    member.wait_end();
+                    failed.get_or_insert(error);
                 }
             }
         }
-        Ok(started.into_iter().map(|(clone, _)| clone).collect())
+        match failed {
+            None => Ok(started.into_iter().map(|(clone, _)| clone).collect()),
+            Some(error) => {
+                started.iter().for_each(|(_, member)| member.kill());
+                started.iter().for_each(|(_, member)| member.wait_end());
+                Err(error)
+            }
+        }
     }
 
-    /// A clone whose member dies before it runs is taken over by another, once.
-    fn start_clone(
+    fn start_other(
         self: &Arc<Self>,
         source: VmId,
-        cut: CutId,
         taken: &Taken,
-        member: &Arc<MemberHandle>,
     ) -> Result<(Cloned, Arc<MemberHandle>), ColonyError> {
-        match self.try_clone(source, cut, taken, member) {
-            Ok(clone) => Ok((clone, Arc::clone(member))),
-            Err(ColonyError::Died(_)) => {
-                let other = self.take_member()?;
-                self.try_clone(source, cut, taken, &other).map(|clone| (clone, other))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn try_clone(
-        self: &Arc<Self>,
-        source: VmId,
-        cut: CutId,
-        taken: &Taken,
-        member: &Arc<MemberHandle>,
-    ) -> Result<Cloned, ColonyError> {
-        let result =
-            self.give_role(member, Some(source), |family, slot| family.clone_vm(cut, slot)).and_then(|vm| {
-                let order = Order::Become { vm, cut, snapshot: Box::new(taken.reply.snapshot.clone()) };
-                // The base of the DMA engine's backing first, as at the boot.
-                let base = self.config.backing_base.iter().map(|file| file.as_fd());
-                let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
-                match member.ask(order, &descriptors)? {
-                    Reply::Running { at } => Ok(Cloned { vm, running_at: at }),
-                    _ => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
-                }
-            });
-        if result.is_err() {
+        let member = self.take_member()?;
+        let clone = self.begin_clone(source, taken, &member).and_then(Begun::wait);
+        if clone.is_err() {
             member.kill();
             member.wait_end();
         }
-        result
+        Ok((clone?, member))
+    }
+
+    /// Makes a member a clone, and tells it to run.
+    fn begin_clone<'a>(
+        &self,
+        source: VmId,
+        taken: &Taken,
+        member: &'a Arc<MemberHandle>,
+    ) -> Result<Begun<'a>, ColonyError> {
+        let is_resettable = self.config.is_resettable;
+        let begun = monotonic_ns();
+        let vm = self.give_role(member, Some(source), |family, slot| {
+            family.clone_vm(taken.cut, slot, is_resettable)
+        })?;
+        let tables_ns = monotonic_ns() - begun;
+        let order = Order::Become { vm, cut: taken.cut, snapshot: taken.reply.snapshot.clone() };
+        // The base of the DMA engine's backing first, as at the boot.
+        let base = self.config.backing_base.iter().map(|file| file.as_fd());
+        let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
+        Ok(Begun { vm, tables_ns, asked: member.begin(order, &descriptors)? })
     }
 }
 
+/// A clone that has been told to run.
+struct Begun<'a> {
+    vm: VmId,
+    tables_ns: u64,
+    asked: Asked<'a>,
+}
+
+impl Begun<'_> {
+    fn wait(self) -> Result<Cloned, ColonyError> {
+        let vm = self.vm;
+        match self.asked.wait()? {
+            Reply::Running { at, window_ns } => {
+                Ok(Cloned { vm, running_at: at, memory_ns: self.tables_ns + window_ns })
+            }
+            _ => Err(unexpected(vm)),
+        }
+    }
+}
+
+fn unexpected(vm: VmId) -> ColonyError {
+    ColonyError::Refused { vm, reason: "it answered something else".to_owned() }
+}
+
 /// A cut that was performed.
-struct Taken {
-    reply: Box<CutReply>,
+#[derive(Clone)]
+pub(super) struct Taken {
+    pub(super) cut: CutId,
+    reply: CutReply,
     /// The files of the DMA engine's backing, which clones read.
-    extents: Vec<OwnedFd>,
+    extents: Arc<Vec<OwnedFd>>,
     reserved_at: u64,
+    /// The source had answered.
+    cut_at: u64,
+}
+
+impl Taken {
+    /// The same cut for another fork, which takes no time for it.
+    fn again(&self, now: u64) -> Self {
+        let times = CutTimes {
+            begun: now,
+            reserved: now,
+            stopped: now,
+            held: now,
+            saved: now,
+            protected: now,
+            resumed: now,
+        };
+        let figures = CutFigures::default();
+        let reply = CutReply { times, figures, ..self.reply.clone() };
+        Self { cut: self.cut, reply, extents: Arc::clone(&self.extents), reserved_at: now, cut_at: now }
+    }
 }

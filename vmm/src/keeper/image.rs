@@ -31,8 +31,8 @@ impl Colony {
         self.boot_by(order, &descriptors)
     }
 
-    /// Gives a VM's serial port input. Returns how many bytes found room in its queue (of 64); the rest
-    /// is to be given again when the guest has read some.
+    /// Gives a VM's serial port input. Returns how many bytes found room; the rest is to be given again
+    /// when the guest has read some, which [`MemberState`](super::member_handle::MemberState) counts.
     ///
     /// # Errors
     /// There is no such VM, or it refused, or its process ended.

@@ -11,12 +11,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::pause::Still;
 use super::steward::Job;
 use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::ipc::{Channel, spawn};
-use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, Setup};
+use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply, Setup};
 use crate::member::{CHANNEL_NUMBER, MEMBER_ARGUMENT};
 use crate::space::PageCounts;
 
@@ -37,12 +38,28 @@ pub struct MemberState {
     pub finished_cuts: BTreeSet<CutId>,
     /// The guest's run has ended: status and text.
     pub ended: Option<(Option<u32>, String)>,
+    /// The last reset.
+    pub was_reset: Option<ResetReply>,
+    /// How many there were.
+    pub resets: u64,
     /// What has gone wrong.
     pub troubles: Vec<String>,
     /// Console output so far.
     pub console: Vec<u8>,
+    /// How often there was room for console input again.
+    pub console_rooms: u64,
     /// The process is gone.
     pub is_gone: bool,
+}
+
+impl MemberState {
+    /// What the guest has told is past.
+    fn begin_again(&mut self) {
+        self.progress = Progress::default();
+        self.puppet_results.clear();
+        self.first_exit = None;
+        self.ended = None;
+    }
 }
 
 type Answer = Result<(Reply, Vec<OwnedFd>), String>;
@@ -56,6 +73,10 @@ pub struct MemberHandle {
     next_number: AtomicU64,
     waiting: Mutex<BTreeMap<u64, SyncSender<Answer>>>,
     state: Mutex<MemberState>,
+    changing: Mutex<Option<Still>>,
+    /// How many orders there were that may have changed the VM.
+    changes: AtomicU64,
+    pub(super) is_paused: AtomicBool,
     changed: Condvar,
     is_gone: AtomicBool,
     /// It has been told that all it shares is published.
@@ -96,6 +117,9 @@ impl MemberHandle {
             next_number: AtomicU64::new(0),
             waiting: Mutex::default(),
             state: Mutex::default(),
+            changing: Mutex::default(),
+            changes: AtomicU64::new(0),
+            is_paused: AtomicBool::new(false),
             changed: Condvar::new(),
             is_gone: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
@@ -153,6 +177,9 @@ impl MemberHandle {
     /// # Errors
     /// The member has ended.
     pub fn begin(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Asked<'_>, ColonyError> {
+        if order.may_change_vm() {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+        }
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = sync_channel(1);
         self.waiting().insert(number, sender);
@@ -170,6 +197,17 @@ impl MemberHandle {
 
     fn waiting(&self) -> MutexGuard<'_, BTreeMap<u64, SyncSender<Answer>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the orders that may have changed the VM.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
+    }
+
+    /// Held while the VM is cut or reset, which exclude each other. What it guards: the cut that can be
+    /// used again.
+    pub(super) fn changing(&self) -> MutexGuard<'_, Option<Still>> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the member has told.
@@ -246,6 +284,10 @@ impl MemberHandle {
         self.waiting().clear();
         self.state().is_gone = true;
         self.changed.notify_all();
+        // After those who hold the lock have been told.
+        if let Some(keeper) = keeper.upgrade() {
+            keeper.forget_still(self);
+        }
         if let (Some(observer), Some(vm)) =
             (keeper.upgrade().and_then(|keeper| keeper.observer()), self.named())
         {
@@ -283,6 +325,19 @@ impl MemberHandle {
             }
             Event::Puppet { vcpu, result } => state.puppet_results.push((vcpu, result)),
             Event::ForkAsked { vcpu } => post(Job::ForkAsked { vm: self.vm(), vcpu }),
+            Event::ResetAsked { vcpu } => post(Job::ResetAsked { vm: self.vm(), vcpu }),
+            Event::Restarting => {
+                // Before anybody is told, who could ask: it runs.
+                self.is_paused.store(false, Ordering::SeqCst);
+                if let Some(observer) = observer() {
+                    observer.restarted(self.vm());
+                }
+                state.begin_again();
+            }
+            Event::WasReset(reset) => {
+                state.was_reset = Some(reset);
+                state.resets += 1;
+            }
             Event::FirstExit { at } => state.first_exit = Some(at),
             Event::Reentered { cut, at, pages } => {
                 state.reentered.insert(cut, (at, pages));
@@ -291,9 +346,10 @@ impl MemberHandle {
                 state.finished_cuts.extend(cuts);
                 post(Job::Sweep);
             }
-            Event::Ended { status, text } => {
+            Event::Quiet => post(Job::Look { vm: self.vm() }),
+            Event::Ended { how, status, text } => {
                 if let Some(observer) = observer() {
-                    observer.ended(self.vm(), status, &text);
+                    observer.ended(self.vm(), how, status, &text);
                 }
                 state.ended = Some((status, text));
             }
@@ -301,6 +357,7 @@ impl MemberHandle {
                 tracing::warn!(vm = %self.vm(), %text, "a member is in trouble");
                 state.troubles.push(text);
             }
+            Event::ConsoleRoom => state.console_rooms += 1,
             Event::Console(bytes) => match observer() {
                 Some(observer) => observer.console(self.vm(), &bytes),
                 None => state.console.extend(bytes),
@@ -327,19 +384,31 @@ impl Asked<'_> {
         self.wait_with_descriptors().map(|(reply, _)| reply)
     }
 
+    /// As [`wait`](Self::wait), for as long as the caller likes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_within(self, limit: Duration) -> Result<Reply, ColonyError> {
+        self.wait_at_most(limit).map(|(reply, _)| reply)
+    }
+
     /// As [`wait`](Self::wait), with the descriptors that came with the answer.
     ///
     /// # Errors
     /// As there.
     pub fn wait_with_descriptors(self) -> Result<(Reply, Vec<OwnedFd>), ColonyError> {
+        self.wait_at_most(ANSWER_LIMIT)
+    }
+
+    fn wait_at_most(self, limit: Duration) -> Result<(Reply, Vec<OwnedFd>), ColonyError> {
         let vm = self.member.vm();
-        match self.answer.recv_timeout(ANSWER_LIMIT) {
+        match self.answer.recv_timeout(limit) {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(reason)) => Err(ColonyError::Refused { vm, reason }),
             Err(RecvTimeoutError::Disconnected) => Err(ColonyError::Died(vm)),
             Err(RecvTimeoutError::Timeout) => {
                 self.member.waiting().remove(&self.number);
-                Err(ColonyError::Silent { vm, seconds: ANSWER_LIMIT.as_secs() })
+                Err(ColonyError::Silent { vm, seconds: limit.as_secs() })
             }
         }
     }

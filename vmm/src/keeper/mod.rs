@@ -8,6 +8,9 @@
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
 //! | [`fork`] | a cut and its clones |
+//! | [`config`] | what a colony is made of, and what its host has |
+//! | [`pause`] | VMs that stand still, and cuts that are used again |
+//! | [`reset`] | a clone's return to its cut |
 //! | [`image`] | kernels that are not the built-in one |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
@@ -17,16 +20,17 @@
 //! `inner` (family, names, files) is never held while a member is asked something.
 
 pub mod checker;
+mod config;
 pub mod fork;
 mod image;
 pub mod member_handle;
 pub mod observe;
+mod pause;
+mod reset;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -35,19 +39,20 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use self::config::{ColonyConfig, available_memory_bytes};
+
+use self::config::arena_budget_bytes;
 use self::member_handle::MemberHandle;
 use self::steward::Job;
-use crate::arena_files::{ArenaChoice, ArenaDir, ArenaError};
+use crate::arena_files::{ArenaDir, ArenaError};
 use crate::board::{Board, BoardShape};
 use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
 use crate::ipc::{IpcError, SharedMemory, spawn};
-use crate::kvm::Irqchip;
-use crate::member::messages::{GuestKind, Order, Publication, Reply, Setup};
+use crate::member::messages::{Order, Setup};
 use crate::member::shell::SharedWords;
-use crate::space::Keep;
-use crate::words::{MemoryShape, wide};
+use crate::words::wide;
 
 /// Why a colony could not do something.
 #[derive(Debug, Error)]
@@ -104,56 +109,6 @@ pub enum ColonyError {
     /// The tables do not add up.
     #[error("the checker found: {0}")]
     Tables(#[from] FamilyFault),
-}
-
-/// What a colony is made of.
-#[derive(Clone, Debug)]
-pub struct ColonyConfig {
-    /// Memory of each VM.
-    pub memory: MemoryShape,
-    /// Whether huge pages are asked for.
-    pub is_huge: bool,
-    /// vCPUs of each VM.
-    pub vcpus: u8,
-    /// The interrupt controllers of each VM: all of them for images, which look for them.
-    pub irqchip: Irqchip,
-    /// What runs in the VMs.
-    pub guest: GuestKind,
-    /// When lent pages are published.
-    pub publication: Publication,
-    /// Members kept ready.
-    pub pool: usize,
-    /// Members at one time.
-    pub members: u32,
-    /// Where shared frames live.
-    pub arena: ArenaChoice,
-    /// Size of the DMA engine's backing, in bytes.
-    pub backing_bytes: u64,
-    /// The file that the DMA engine's backing begins with, read only.
-    pub backing_base: Option<Arc<File>>,
-    /// The salp binary, if it is not this process's.
-    pub program: Option<PathBuf>,
-}
-
-impl ColonyConfig {
-    /// A colony of KVM VMs with `memory` and the usual rest.
-    #[must_use]
-    pub fn new(memory: MemoryShape) -> Self {
-        Self {
-            memory,
-            is_huge: true,
-            vcpus: 1,
-            irqchip: Irqchip::Split,
-            guest: GuestKind::Kvm,
-            publication: Publication { in_background: true, keep: Keep::Own },
-            pool: 2,
-            members: 256,
-            arena: ArenaChoice::Best,
-            backing_bytes: 64 << 20,
-            backing_base: None,
-            program: None,
-        }
-    }
 }
 
 /// What the keeper knows, under one lock.
@@ -331,20 +286,14 @@ impl Colony {
         self.shared.lock().parents.get(&vm).copied()
     }
 
-    /// Asks a VM's member something.
-    ///
-    /// # Errors
-    /// There is no such VM, or it refused, or its process ended.
-    pub fn ask(&self, vm: VmId, order: Order) -> Result<Reply, ColonyError> {
-        self.member(vm)?.ask(order, &[])
-    }
-
     /// Ends a VM. Its process goes when nobody needs its pages any more.
     ///
     /// # Errors
     /// There is no such VM.
     pub fn end(&self, vm: VmId) -> Result<(), ColonyError> {
         let member = self.member(vm)?;
+        let mut still = member.changing();
+        self.shared.let_go_of_still(&mut still);
         // A member that died by itself has ended too.
         let result = member.ask(Order::EndVm, &[]);
         {
@@ -406,20 +355,6 @@ impl Colony {
         let counts = inner.family.table_counts();
         (inner.family.open_cuts(), counts.nodes, counts.records)
     }
-}
-
-/// As much as half of what the host has free now: beyond that, arena pages would push guests out.
-fn arena_budget_bytes(config: &ColonyConfig) -> u64 {
-    let available = available_memory_bytes().unwrap_or(4 << 30);
-    (available / 10 * 7).max(config.memory.ram_bytes()).max(64 << 20)
-}
-
-/// `MemAvailable` of the host.
-#[must_use]
-pub fn available_memory_bytes() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 impl Shared {

@@ -6,19 +6,22 @@
 //! made the VM has returned.
 
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use super::fork::{Cloned, Forked, times_of};
 use super::{Colony, ColonyError, Shared};
 use crate::family::VmId;
 use crate::keeper::fork::entered_at;
-use crate::member::messages::{Order, Reply};
+use crate::member::messages::{HowEnded, Order, Reply};
 
 /// See the module.
 pub trait Observer: Send + Sync {
     /// A VM has written this to its console.
     fn console(&self, vm: VmId, bytes: &[u8]);
-    /// A guest's run has ended, with its exit status if it gave one; the text says how.
-    fn ended(&self, vm: VmId, status: Option<u32>, text: &str);
+    /// A guest's run has ended, with its exit status if it gave one; the text says more.
+    fn ended(&self, vm: VmId, how: HowEnded, status: Option<u32>, text: &str);
+    /// A VM has been reset and begins again.
+    fn restarted(&self, vm: VmId);
     /// A VM's process is gone.
     fn gone(&self, vm: VmId);
     /// A guest has asked for a fork, and here it is.
@@ -31,6 +34,20 @@ impl Colony {
     pub fn observe(&self, observer: Weak<dyn Observer>) {
         if self.shared.observer.set(observer).is_err() {
             tracing::error!("a colony has one observer");
+        }
+    }
+
+    /// Has every member look whether its guest has halted for good, and waits for all of them for
+    /// `limit`. Whoever observes the colony is told before this returns.
+    pub fn look_for_ends(&self, limit: Duration) {
+        let members: Vec<_> = self.shared.lock().vms.values().cloned().collect();
+        let asked: Vec<_> = members.iter().map(|member| member.begin(Order::Look, &[])).collect();
+        let deadline = Instant::now() + limit;
+        for asked in asked {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Err(error) = asked.and_then(|asked| asked.wait_within(left)) {
+                tracing::debug!(%error, "a vm cannot be looked at");
+            }
         }
     }
 

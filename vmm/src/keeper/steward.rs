@@ -30,6 +30,18 @@ pub(super) enum Job {
         /// Which vCPU.
         vcpu: usize,
     },
+    /// A guest asks for a reset of its VM that has been cut itself.
+    ResetAsked {
+        /// Which VM.
+        vm: VmId,
+        /// Which vCPU.
+        vcpu: usize,
+    },
+    /// A guest may have halted for good.
+    Look {
+        /// Which VM.
+        vm: VmId,
+    },
     /// Say when everything before this has been done.
     Echo(Sender<()>),
     /// Go home.
@@ -49,6 +61,11 @@ pub(super) fn run(shared: &Arc<Shared>, jobs: &Receiver<Job>) {
             }
             Job::Sweep => shared.sweep(),
             Job::ForkAsked { vm, vcpu } => shared.fork_for_guest(vm, vcpu),
+            Job::ResetAsked { vm, vcpu } => shared.reset_for_guest(vm, vcpu),
+            Job::Look { vm } => {
+                shared.begin_look(vm);
+                Ok(())
+            }
             Job::Echo(done) => {
                 let result = shared.sweep();
                 // Whoever asked may have given up.
@@ -201,6 +218,14 @@ impl Shared {
         self.changed.notify_all();
         self.post(Job::Sweep);
         self.post(Job::FillPool);
+    }
+
+    /// Has a member look whether its guest has halted. If so, it says that unasked.
+    fn begin_look(&self, vm: VmId) {
+        let member = self.lock().vms.get(&vm).cloned();
+        if let Some(Err(error)) = member.map(|member| member.begin(Order::Look, &[]).map(|_| ())) {
+            tracing::debug!(%vm, %error, "a vm is gone before it could be looked at");
+        }
     }
 
     fn fork_for_guest(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<(), ColonyError> {

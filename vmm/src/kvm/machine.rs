@@ -5,6 +5,7 @@ use std::fmt;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
+use super::host::HostKind;
 use super::kick::StopSignal;
 use crate::words::Gpa;
 
@@ -40,6 +41,9 @@ pub trait Machine: Send + Sync {
         registers: &mut CallRegisters,
         stop: &StopSignal,
     ) -> CallOutcome;
+
+    /// The vCPU enters the guest again after something was done for it. Called very often.
+    fn entering(&self) {}
 
     /// The guest's run has ended on this vCPU, which stays stopped from now on (unless a state is
     /// set into it). The other vCPUs run on until they are stopped. This one counts as stopped
@@ -132,7 +136,7 @@ pub enum End {
         /// The vCPU at that moment.
         dump: Box<Dump>,
     },
-    /// `HLT` on a vCPU without an in-kernel APIC: nothing could wake it.
+    /// `HLT` with interrupts off on all vCPUs that were started: nothing can wake them.
     HaltedForGood(Box<Dump>),
     /// The guest touched memory that is lost (poisoned, or a hardware memory error).
     MemoryError {
@@ -166,9 +170,9 @@ impl fmt::Display for End {
             Self::Reset => write!(f, "reset by the guest"),
             Self::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
             Self::EmulationError { suberror, data, dump } => {
-                write!(f, "kvm internal error {suberror}, data {data:#x?}\n{dump}")
+                write!(f, "kvm internal error {suberror}, data {data:x?}\n{dump}")
             }
-            Self::HaltedForGood(dump) => write!(f, "halted with nothing to wake it\n{dump}"),
+            Self::HaltedForGood(dump) => write!(f, "halted with interrupts off, for good\n{dump}"),
             Self::MemoryError { host_address, dump } => {
                 write!(f, "lost memory at host address {host_address:#x}\n{dump}")
             }
@@ -181,6 +185,29 @@ impl fmt::Display for End {
                 write!(f, "\n{dump}")
             }
             Self::Unexpected { exit, dump } => write!(f, "unexpected exit {exit}\n{dump}"),
+        }
+    }
+}
+
+impl End {
+    /// What whoever runs the guest could try, where there is something.
+    #[must_use]
+    pub const fn advice(&self, host: HostKind) -> Option<&'static str> {
+        match (self, host.is_hardware()) {
+            (Self::EmulationError { .. }, false) => Some(
+                "this KVM emulates all of ring 0 and does not know every instruction: build the kernel \
+                 without this one (`make linux-guest` has a recipe), or use a host with VMX or SVM",
+            ),
+            (Self::EmulationError { .. }, true) => {
+                Some("KVM does not know the instruction, or what it accesses is no memory")
+            }
+            (Self::TripleFault(_), _) => {
+                Some("an exception without a handler: look at cr2 and at the code around rip")
+            }
+            (Self::MemoryError { .. }, _) => {
+                Some("the VM that had this memory was killed before it was published")
+            }
+            _ => None,
         }
     }
 }

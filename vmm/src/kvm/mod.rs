@@ -8,6 +8,7 @@
 //! | [`machine`] | what the exits of a vCPU are handed to: ports, MMIO, calls, the end |
 //! | [`run`] | the exit loop |
 //! | [`vcpu`] | one thread per vCPU, and the protocol that stops and resumes it |
+//! | [`rest`] | whether a vCPU has halted for good |
 //! | [`kick`] | how a thread inside `KVM_RUN` is made to leave it |
 //! | `poison` | how a guest that touches lost memory ends |
 //! | [`stats`] | the kernel's binary statistics |
@@ -21,9 +22,11 @@ pub mod host;
 pub mod kick;
 pub mod machine;
 mod poison;
+pub mod rest;
 pub mod run;
 pub mod state;
 pub mod stats;
+mod times;
 pub mod vcpu;
 pub mod vm;
 
@@ -38,7 +41,8 @@ pub use close::{Closed, Closing, close};
 pub use error::KvmError;
 pub use host::{HostDescription, HostKind, Kvm};
 pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
+pub use rest::{Doing, Rest, VcpuWatch};
 pub use run::Exits;
 pub use state::VcpuState;
-pub use vcpu::{Times, VcpuThread, resume_all, stop_all};
+pub use vcpu::{Times, VcpuThread, resume_all, rouse_all, stop_all};
 pub use vm::{Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState, VouchedAddress};

@@ -10,7 +10,7 @@
 //! bytes to the call port looks like a call.
 #![expect(unsafe_code, reason = "reads the union in kvm_run that describes an internal error")]
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use kvm_ioctls::VcpuExit;
 use salp_protocol::{call, port};
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::kick::StopSignal;
 use super::machine::{CallOutcome, CallRegisters, Dump, End, Flow, Machine};
 use super::poison;
-use super::vcpu::TimeStamps;
+use super::times::TimeStamps;
 use super::vm::Vcpu;
 use crate::words::{Gpa, index};
 
@@ -110,6 +110,8 @@ pub(super) struct Context<'a> {
     pub(super) stop: &'a StopSignal,
     pub(super) times: &'a TimeStamps,
     pub(super) exits: &'a ExitCounters,
+    /// See [`VcpuWatch`](super::rest::VcpuWatch).
+    pub(super) in_guest: &'a AtomicBool,
 }
 
 /// A vCPU that is run: what its thread owns while it runs, and whoever stopped it while it does not.
@@ -144,6 +146,7 @@ impl Running {
     /// Runs the guest until a stop is raised (`None`) or its run ends. The state is clean after a
     /// stop and after [`End::Exit`].
     pub(super) fn run(&mut self, context: &Context<'_>) -> Option<End> {
+        self.vcpu.forget();
         self.run_until_end(context).err()
     }
 
@@ -156,6 +159,7 @@ impl Running {
                 }
                 self.open_call = None;
                 self.make_call(context, open.number, Some(open.registers))?;
+                context.machine.entering();
                 continue;
             }
             self.vcpu.fd.set_kvm_immediate_exit(0);
@@ -165,6 +169,7 @@ impl Running {
                 Due::Call(number) => {
                     self.finish_access(context)?;
                     self.make_call(context, number, None)?;
+                    context.machine.entering();
                 }
                 Due::Exit(status) => {
                     self.finish_access(context)?;
@@ -177,6 +182,9 @@ impl Running {
                 Due::Access if context.stop.is_raised() => self.finish_access(context)?,
                 Due::Nothing if context.stop.is_raised() => return Ok(()),
                 Due::Access | Due::Nothing => {
+                    if self.due == Due::Access {
+                        context.machine.entering();
+                    }
                     context.times.entering();
                     self.due = self.enter(context)?;
                     context.times.left();
@@ -205,7 +213,10 @@ impl Running {
             Flow::Exit(status) => Ok(Due::Exit(status)),
             Flow::Reset => Ok(Due::Reset),
         };
+        // Relaxed: for those who look from outside.
+        context.in_guest.store(true, Ordering::Relaxed);
         let (exit, lost) = poison::watch(|| self.vcpu.fd.run());
+        context.in_guest.store(false, Ordering::Relaxed);
         if let Some(host_address) = lost {
             count(Exit::Other);
             return Err(self.end(Cause::Lost(host_address), machine));
@@ -316,6 +327,11 @@ impl Running {
                 }
             }
         }
+    }
+
+    /// The end of a vCPU that stands at a `HLT` which nothing will end.
+    pub(super) fn halted(&mut self, machine: &dyn Machine) -> End {
+        self.end(Cause::Halted, machine)
     }
 
     /// Describes the vCPU as far as it lets itself be described.

@@ -11,14 +11,14 @@
 //! events (setting registers drops a pending exception).
 //!
 //! # Time
-//! A clone's time goes on from where its source's was saved; it never runs backward, and the
-//! interval between the cut and the clone's first instruction has not happened for it.
-//! - The TSC is set to its saved value. All vCPUs are stopped before the first is saved, and KVM
-//!   gives vCPUs whose values were set within a second of each other the same offset, that of the
-//!   first: no vCPU sees less than it saw before the cut. A software KVM runs `rdtsc` natively:
-//!   there the guest sees the host's TSC, which is monotonic as well.
-//! - kvmclock goes on from the VM's saved clock ([`VmState`](super::VmState)), to be set before the
-//!   vCPUs; its system-time MSR is set, and KVM writes a new time page at the next entry.
+//! A clone's clocks show what its source's show, to some microseconds, however long the clone took to
+//! start: its first instruction may be late, its time is right. It never runs backward.
+//! - The TSC is set to its saved value plus what the host's clock says has passed since. KVM gives vCPUs
+//!   whose values were set within a second of what the first one's shows the same offset, that of the
+//!   first: no vCPU sees less than it saw before the cut. A software KVM runs `rdtsc` natively: there the
+//!   guest sees the host's TSC, which goes on by itself.
+//! - kvmclock goes on from the VM's saved clock ([`VmState`](super::VmState)) likewise, to be set before
+//!   the vCPUs; its system-time MSR is set, and KVM writes a new time page at the next entry.
 //! - The wall-clock MSRs are *not* set: each write makes KVM store the host's wall clock in guest
 //!   memory, which a clone must not suffer twice (and which would fault on memory not there yet).
 //!   What the guest last read stays where it is.
@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::KvmError;
 use super::host::Kvm;
+use super::vcpu::monotonic_ns;
 
 /// Bytes of the XSAVE area in the original API; anything more comes with `KVM_CAP_XSAVE2`.
 const XSAVE_BYTES: usize = size_of::<kvm_xsave>();
@@ -106,6 +107,8 @@ pub struct Msr {
 pub struct VcpuState {
     /// The TSC's frequency in kHz, 0 where KVM does not tell.
     pub tsc_khz: u32,
+    /// When the MSRs were read, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub saved_at_ns: u64,
     /// Running, halted, waiting for a start-up interrupt.
     pub mp_state: kvm_mp_state,
     /// General registers, `rip`, `rflags`.
@@ -143,31 +146,51 @@ impl VcpuState {
             xsave: get_xsave(fd, layout)?,
             debug: fd.get_debug_regs().map_err(error("KVM_GET_DEBUGREGS"))?,
             lapic: fd.get_lapic().map_err(error("KVM_GET_LAPIC"))?,
+            saved_at_ns: monotonic_ns(),
             msrs: save_msrs(fd, layout)?,
             events: fd.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?,
         })
     }
 
-    /// Makes a vCPU what this state says. The vCPU is not running; after an error it is in an
+    /// Makes a vCPU what this state says; parts that it is `known` to have are not set again (each ioctl
+    /// costs microseconds). The vCPU is not running; after an error it is in an
     /// undefined state and must be set again or dropped.
     ///
     /// # Errors
     /// The ioctl that failed, the MSR that was refused, or a state from a host whose XSAVE area is
     /// larger than this one's.
-    pub fn set(&self, fd: &VcpuFd, layout: &StateLayout) -> Result<(), KvmError> {
+    pub fn set(&self, fd: &VcpuFd, layout: &StateLayout, known: Option<&Self>) -> Result<(), KvmError> {
         let error = KvmError::ioctl;
-        if self.tsc_khz != 0 && fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz) {
+        let differs = |is_equal: fn(&Self, &Self) -> bool| known.is_none_or(|known| !is_equal(self, known));
+        let is_other_tsc = || fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz);
+        if self.tsc_khz != 0 && differs(|a, b| a.tsc_khz == b.tsc_khz) && is_other_tsc() {
             fd.set_tsc_khz(self.tsc_khz).map_err(error("KVM_SET_TSC_KHZ"))?;
         }
-        fd.set_mp_state(self.mp_state).map_err(error("KVM_SET_MP_STATE"))?;
+        if differs(|a, b| a.mp_state == b.mp_state) {
+            fd.set_mp_state(self.mp_state).map_err(error("KVM_SET_MP_STATE"))?;
+        }
         fd.set_sregs(&self.sregs).map_err(error("KVM_SET_SREGS"))?;
         fd.set_regs(&self.regs).map_err(error("KVM_SET_REGS"))?;
-        fd.set_xcrs(&self.xcrs).map_err(error("KVM_SET_XCRS"))?;
-        set_xsave(fd, &self.xsave, layout)?;
-        fd.set_debug_regs(&self.debug).map_err(error("KVM_SET_DEBUGREGS"))?;
+        if differs(|a, b| a.xcrs == b.xcrs) {
+            fd.set_xcrs(&self.xcrs).map_err(error("KVM_SET_XCRS"))?;
+        }
+        if differs(|a, b| a.xsave == b.xsave) {
+            set_xsave(fd, &self.xsave, layout)?;
+        }
+        if differs(|a, b| a.debug == b.debug) {
+            fd.set_debug_regs(&self.debug).map_err(error("KVM_SET_DEBUGREGS"))?;
+        }
         fd.set_lapic(&self.lapic).map_err(error("KVM_SET_LAPIC"))?;
-        set_msrs(fd, &self.msrs)?;
+        set_msrs(fd, &self.msrs, self.tsc_since_save())?;
+        // Setting registers drops a pending exception: this comes last, and always.
         fd.set_vcpu_events(&self.events).map_err(error("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// What the TSC has counted since the MSRs were read; 0 where its frequency is not known.
+    fn tsc_since_save(&self) -> u64 {
+        let since_ns = monotonic_ns().saturating_sub(self.saved_at_ns);
+        let ticks = u128::from(since_ns) * u128::from(self.tsc_khz) / 1_000_000;
+        u64::try_from(ticks).unwrap_or(0)
     }
 }
 
@@ -239,14 +262,14 @@ fn save_msrs(fd: &VcpuFd, layout: &StateLayout) -> Result<Vec<Msr>, KvmError> {
     Ok(saved)
 }
 
-/// Sets all MSRs but the wall clock's. One that is refused does no harm if it has the value already
-/// (some can be read but not written).
-fn set_msrs(fd: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
-    let entries: Vec<_> = msrs
-        .iter()
-        .filter(|msr| !MSR_WALL_CLOCK.contains(&msr.index))
-        .map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() })
-        .collect();
+/// Sets all MSRs but the wall clock's, the TSC `tsc_ahead` ahead of its value. One that is refused does no
+/// harm if it has the value already (some can be read but not written).
+fn set_msrs(fd: &VcpuFd, msrs: &[Msr], tsc_ahead: u64) -> Result<(), KvmError> {
+    let entry = |msr: &Msr| {
+        let ahead = if msr.index == MSR_TSC { tsc_ahead } else { 0 };
+        kvm_msr_entry { index: msr.index, data: msr.value.wrapping_add(ahead), ..Default::default() }
+    };
+    let entries: Vec<_> = msrs.iter().filter(|msr| !MSR_WALL_CLOCK.contains(&msr.index)).map(entry).collect();
     let mut rest = entries.as_slice();
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSR_BATCH)];

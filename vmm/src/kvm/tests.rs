@@ -93,6 +93,28 @@ fn two_hundred_stops_lose_nothing() {
 }
 
 #[test]
+fn a_stop_that_is_taken_back_stops_nothing() {
+    let kvm = kvm_or_skip!();
+    let setup = Setup::user(&kvm, guest::COUNT);
+    setup.resume();
+    for round in 0..200 {
+        setup.threads[0].request_stop();
+        if round % 2 == 0 {
+            // Whether it has followed or not.
+            std::thread::yield_now();
+        }
+        setup.threads[0].take_back_stop().expect("its thread is there");
+    }
+    let (before, start) = (setup.ram.load(counter(0)), std::time::Instant::now());
+    while setup.ram.load(counter(0)) == before {
+        assert!(start.elapsed() < PATIENCE, "it stands still");
+        std::thread::yield_now();
+    }
+    setup.stop();
+    setup.check_count();
+}
+
+#[test]
 fn a_saved_state_goes_on_in_another_vm() {
     let kvm = kvm_or_skip!();
     for vcpus in [1, 2] {
@@ -147,8 +169,10 @@ fn the_full_irqchip_is_saved_with_the_vm() {
     assert_eq!(chips(&setup), chips(&clone));
     let mut later = state(&setup);
     later.clock_ns = 1 << 50;
+    later.saved_at_ns -= 5_000_000_000;
     untouched.vm.set(&later).expect("stopped");
-    assert!(state(&untouched).clock_ns >= 1 << 50, "the clock goes on from its value");
+    let now_ns = state(&untouched).clock_ns;
+    assert!(now_ns >= (1 << 50) + 5_000_000_000, "the clock goes on from its value: {now_ns}");
     let split = Setup::user(&kvm, guest::COUNT);
     assert!(matches!(split.vm.set(&state(&setup)), Err(KvmError::WrongIrqchip { .. })));
     assert!(split.vm.set_irq_line(5, Level::High).is_err());

@@ -9,6 +9,10 @@
 //! While it is parked any thread may save and set the state: the slot's lock is the right to touch
 //! the vCPU. To stop a VM, request all, then wait for all ([`stop_all`]).
 //!
+//! A thread that sleeps needs tens of microseconds to come back. [`rouse`] has a parked one wait
+//! awake, for a moment, because it is to be resumed at once; who waits for one to stop looks for a
+//! moment before he sleeps, too. Both only where there are more processors than vCPUs.
+//!
 //! | phase | vCPU is with | left by |
 //! |---|---|---|
 //! | parked | the slot | `resume`, unless the guest's run has ended; or the handle's drop |
@@ -23,97 +27,45 @@
 //! notices the kick only when that page is resolved.
 //!
 //! [`resume`]: VcpuThread::resume
+//! [`rouse`]: rouse_all
 //! [`request_stop`]: VcpuThread::request_stop
 //! [`wait_stopped`]: VcpuThread::wait_stopped
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::error::KvmError;
 use super::kick::{self, ImmediateExit, StopSignal};
-use super::machine::Machine;
+use super::machine::{End, Machine};
 use super::poison;
+use super::rest::{Rest, VcpuWatch};
 use super::run::{Context, ExitCounters, Exits, Running};
 use super::state::VcpuState;
 use super::stats::stats;
+use super::times::TimeStamps;
+pub use super::times::{Times, monotonic_ns};
 use super::vm::Vcpu;
 use crate::words::wide;
 
-/// Moments of a vCPU's last stop and resume, in nanoseconds of `CLOCK_MONOTONIC` (the same in all
-/// processes of a host). 0: has not happened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Times {
-    /// The stop was requested.
-    pub requested_ns: u64,
-    /// The vCPU was stopped, its state clean; if it was so before the request, that moment.
-    pub stopped_ns: u64,
-    /// The resume was ordered.
-    pub resumed_ns: u64,
-    /// Right before the first `KVM_RUN` after the resume.
-    pub entered_ns: u64,
-    /// That `KVM_RUN` returned: the guest's first instruction was before this.
-    pub first_exit_ns: u64,
-}
+/// How long somebody who expects a change at once looks for it awake.
+const AWAKE_LIMIT: Duration = Duration::from_micros(500);
 
-/// [`Times`], written by the vCPU's thread and its stoppers.
-#[derive(Debug, Default)]
-pub(super) struct TimeStamps {
-    requested: AtomicU64,
-    stopped: AtomicU64,
-    resumed: AtomicU64,
-    entered: AtomicU64,
-    first_exit: AtomicU64,
-}
-
-/// Now, in nanoseconds of `CLOCK_MONOTONIC`.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let [s, ns] = [now.tv_sec, now.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    s * 1_000_000_000 + ns
-}
-
-impl TimeStamps {
-    // All relaxed: each is a figure for reports. Who needs several that belong together reads them
-    // while the vCPU is stopped, ordered by the slot's lock.
-
-    pub(super) fn entering(&self) {
-        if self.entered.load(Ordering::Relaxed) == 0 {
-            self.entered.store(monotonic_ns(), Ordering::Relaxed);
-        }
-    }
-
-    pub(super) fn left(&self) {
-        if self.first_exit.load(Ordering::Relaxed) == 0 {
-            self.first_exit.store(monotonic_ns(), Ordering::Relaxed);
-        }
-    }
-
-    fn stamp(moment: &AtomicU64) {
-        moment.store(monotonic_ns(), Ordering::Relaxed);
-    }
-
-    fn read(&self) -> Times {
-        let at = |moment: &AtomicU64| moment.load(Ordering::Relaxed);
-        Times {
-            requested_ns: at(&self.requested),
-            stopped_ns: at(&self.stopped),
-            resumed_ns: at(&self.resumed),
-            entered_ns: at(&self.entered),
-            first_exit_ns: at(&self.first_exit),
-        }
-    }
+/// Whether somebody may look awake for `vcpus` others that work.
+fn has_spare_processor(vcpus: usize) -> bool {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    let count = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    *PROCESSORS.get_or_init(count) > vcpus
 }
 
 /// What the thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Stop,
+    /// Stay parked, but awake.
+    Rouse,
     Run,
     Quit,
 }
@@ -136,21 +88,55 @@ struct Slot {
     ended: bool,
 }
 
+impl Slot {
+    /// Whether a parked vCPU stays so, and its state may be touched.
+    const fn is_stopped(&self) -> bool {
+        matches!(self.order, Order::Stop | Order::Rouse) || self.ended
+    }
+}
+
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     index: usize,
     slot: Mutex<Slot>,
     /// Order or phase has changed.
     changed: Condvar,
+    /// Counts those changes, for those who look awake.
+    changes: AtomicU32,
     stop: StopSignal,
     times: TimeStamps,
     exits: ExitCounters,
+    /// The thread is in `KVM_RUN`, or as good as there.
+    pub(super) in_guest: AtomicBool,
 }
 
 impl Shared {
+    /// The kernel's number of the thread, while the vCPU is with it.
+    pub(super) fn running_thread(&self) -> Option<i32> {
+        match self.lock().phase {
+            Phase::Running(thread) => Some(thread),
+            Phase::Parked(_) | Phase::Gone => None,
+        }
+    }
+
     /// The slot. A panic under the lock leaves it whole: all changes are single assignments.
     fn lock(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells of a change of order or phase.
+    fn tell(&self) {
+        // Release: pairs with `look`; what matters is under the lock.
+        self.changes.fetch_add(1, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Looks, awake, until something has changed since `seen`, or the time is over.
+    fn look(&self, seen: u32, limit: Duration) {
+        let begun = Instant::now();
+        while self.changes.load(Ordering::Acquire) == seen && begun.elapsed() < limit {
+            std::thread::yield_now();
+        }
     }
 
     /// Parks the vCPU until it is to run; `None` when the thread is to end.
@@ -159,15 +145,27 @@ impl Shared {
         slot.ended |= ended;
         slot.phase = Phase::Parked(running);
         TimeStamps::stamp(&self.times.stopped);
-        self.changed.notify_all();
-        let mut slot = self
-            .changed
-            .wait_while(slot, |slot| match slot.order {
-                Order::Stop => true,
-                Order::Run => slot.ended,
-                Order::Quit => false,
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+        self.tell();
+        let mut slot = loop {
+            slot = self
+                .changed
+                .wait_while(slot, |slot| match slot.order {
+                    Order::Stop => true,
+                    Order::Run => slot.ended,
+                    Order::Rouse | Order::Quit => false,
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            if slot.order != Order::Rouse {
+                break slot;
+            }
+            let seen = self.changes.load(Ordering::Acquire);
+            drop(slot);
+            self.look(seen, AWAKE_LIMIT);
+            slot = self.lock();
+            if slot.order == Order::Rouse {
+                slot.order = Order::Stop;
+            }
+        };
         if slot.order == Order::Quit {
             return None;
         }
@@ -185,7 +183,7 @@ impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         // The vCPU is closed here, outside the lock.
         let phase = std::mem::replace(&mut self.0.lock().phase, Phase::Gone);
-        self.0.changed.notify_all();
+        self.0.tell();
         drop(phase);
     }
 }
@@ -193,7 +191,13 @@ impl Drop for Leaving<'_> {
 /// The body of a vCPU's thread.
 fn thread(shared: &Shared, machine: &dyn Machine, vcpu: Vcpu) {
     let _leaving = Leaving(shared);
-    let context = Context { machine, stop: &shared.stop, times: &shared.times, exits: &shared.exits };
+    let context = Context {
+        machine,
+        stop: &shared.stop,
+        times: &shared.times,
+        exits: &shared.exits,
+        in_guest: &shared.in_guest,
+    };
     let mut next = shared.park(Box::new(Running::new(vcpu)), false);
     while let Some(mut running) = next {
         let end = running.run(&context);
@@ -226,9 +230,11 @@ impl VcpuThread {
             // As if the thread were on its way to be parked: whoever waits for that, waits.
             slot: Mutex::new(Slot { order: Order::Stop, phase: Phase::Running(0), ended: false }),
             changed: Condvar::new(),
+            changes: AtomicU32::new(0),
             stop: StopSignal::new()?,
             times: TimeStamps::default(),
             exits: ExitCounters::default(),
+            in_guest: AtomicBool::new(false),
         });
         // Held until the thread has parked, so that nobody signals a thread that has no number yet.
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
@@ -246,7 +252,7 @@ impl VcpuThread {
         let gone = Err(KvmError::Gone { vcpu: index });
         prepared.recv().unwrap_or(gone)?;
         let this = Self { shared, immediate_exit, thread: Some(thread) };
-        this.wait_parked(None)?;
+        this.wait_parked(None, false)?;
         Ok(this)
     }
 
@@ -276,7 +282,7 @@ impl VcpuThread {
             Phase::Parked(_) => times.stopped.store(times.read().requested_ns, Ordering::Relaxed),
             Phase::Gone => {}
         }
-        self.shared.changed.notify_all();
+        self.shared.tell();
     }
 
     /// Waits until the vCPU is stopped, because it was asked to or because its run has ended.
@@ -284,16 +290,16 @@ impl VcpuThread {
     /// # Errors
     /// It did not stop in time, or its thread is gone.
     pub fn wait_stopped(&self, timeout: Duration) -> Result<(), KvmError> {
-        self.wait_parked(Some(timeout))
+        self.wait_parked(Some(timeout), false)
     }
 
-    fn wait_parked(&self, timeout: Option<Duration>) -> Result<(), KvmError> {
+    fn wait_parked(&self, timeout: Option<Duration>, mut may_look: bool) -> Result<(), KvmError> {
         let vcpu = self.index();
         let start = Instant::now();
         let mut slot = self.shared.lock();
         loop {
             match slot.phase {
-                Phase::Parked(_) if slot.order == Order::Stop || slot.ended => return Ok(()),
+                Phase::Parked(_) if slot.is_stopped() => return Ok(()),
                 Phase::Gone => return Err(KvmError::Gone { vcpu }),
                 Phase::Parked(_) | Phase::Running(_) => {}
             }
@@ -301,6 +307,13 @@ impl VcpuThread {
             if left.is_zero() {
                 let waited_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
                 return Err(KvmError::StopTimeout { vcpu, waited_ms });
+            }
+            if std::mem::take(&mut may_look) {
+                let seen = self.shared.changes.load(Ordering::Acquire);
+                drop(slot);
+                self.shared.look(seen, left.min(AWAKE_LIMIT));
+                slot = self.shared.lock();
+                continue;
             }
             let waited = self.shared.changed.wait_timeout(slot, left);
             slot = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -320,7 +333,35 @@ impl VcpuThread {
             times.first_exit.store(0, Ordering::Relaxed);
             TimeStamps::stamp(&times.resumed);
         })?;
-        self.shared.changed.notify_all();
+        self.shared.tell();
+        Ok(())
+    }
+
+    /// Has a stopped vCPU's thread wait awake for a moment.
+    fn rouse(&self) {
+        let mut slot = self.shared.lock();
+        if slot.order == Order::Stop && matches!(slot.phase, Phase::Parked(_)) && !slot.ended {
+            slot.order = Order::Rouse;
+            self.shared.tell();
+        }
+    }
+
+    /// Takes a stop back, whether the vCPU has followed it or not: for one that did not stop in time, and
+    /// would do so when nobody waits for it any more.
+    ///
+    /// # Errors
+    /// Its thread is gone.
+    pub fn take_back_stop(&self) -> Result<(), KvmError> {
+        {
+            let mut slot = self.shared.lock();
+            if matches!(slot.phase, Phase::Gone) {
+                return Err(KvmError::Gone { vcpu: self.index() });
+            }
+            // Under the lock, as they are raised: the thread sees both or neither when it looks at its order.
+            slot.order = Order::Run;
+            self.shared.stop.lower();
+        }
+        self.shared.tell();
         Ok(())
     }
 
@@ -330,7 +371,7 @@ impl VcpuThread {
         let mut slot = self.shared.lock();
         match slot.phase {
             Phase::Gone => Err(KvmError::Gone { vcpu }),
-            Phase::Parked(_) if slot.order == Order::Stop || slot.ended => Ok(work(&mut slot)),
+            Phase::Parked(_) if slot.is_stopped() => Ok(work(&mut slot)),
             Phase::Parked(_) | Phase::Running(_) => Err(KvmError::NotStopped { vcpu }),
         }
     }
@@ -370,7 +411,9 @@ impl VcpuThread {
             running.forget_exit();
             slot.ended = false;
             // An ended vCPU may still have the order to run; it waits for a new one.
-            slot.order = Order::Stop;
+            if slot.order == Order::Run {
+                slot.order = Order::Stop;
+            }
             Ok(())
         })?
     }
@@ -395,6 +438,28 @@ impl VcpuThread {
             open.shown_rax = rax;
             Ok(())
         })?
+    }
+
+    /// What can wake a stopped vCPU.
+    ///
+    /// # Errors
+    /// It is not stopped, or an ioctl failed.
+    pub fn rest(&self) -> Result<Rest, KvmError> {
+        self.with_vcpu(|running| Rest::of(&running.vcpu.fd))?
+    }
+
+    /// Describes a stopped vCPU, which has halted for good.
+    ///
+    /// # Errors
+    /// It is not stopped.
+    pub fn halted(&self, machine: &dyn Machine) -> Result<End, KvmError> {
+        self.with_vcpu(|running| running.halted(machine))
+    }
+
+    /// To look at it from another thread.
+    #[must_use]
+    pub fn watch(&self) -> VcpuWatch {
+        VcpuWatch(Arc::clone(&self.shared))
     }
 
     /// Whether the guest's run has ended on this vCPU.
@@ -447,9 +512,18 @@ pub fn stop_all(vcpus: &[VcpuThread], timeout: Duration) -> Result<(), KvmError>
     }
     let start = Instant::now();
     for vcpu in vcpus {
-        vcpu.wait_stopped(timeout.saturating_sub(start.elapsed()))?;
+        let left = timeout.saturating_sub(start.elapsed());
+        vcpu.wait_parked(Some(left), has_spare_processor(vcpus.len()))?;
     }
     Ok(())
+}
+
+/// The stopped vCPUs of a VM are about to be resumed: they wait for it awake, for a moment, where there
+/// are processors for it.
+pub fn rouse_all(vcpus: &[VcpuThread]) {
+    if has_spare_processor(vcpus.len()) {
+        vcpus.iter().for_each(VcpuThread::rouse);
+    }
 }
 
 /// Resumes all vCPUs of a VM.

@@ -9,7 +9,7 @@
 #![expect(unsafe_code, reason = "hands host memory to the kernel as guest memory")]
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::error::KvmError;
 use super::host::Kvm;
 use super::state::{StateLayout, VcpuState};
+use super::vcpu::monotonic_ns;
 use crate::words::{Gpa, wide};
 
 /// Where Intel hosts keep three pages of their own (a task state for real mode), in the device hole.
@@ -100,6 +101,8 @@ impl Msi {
 pub struct VmState {
     /// kvmclock, in nanoseconds since the guest's start.
     pub clock_ns: u64,
+    /// When the clock was read, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub saved_at_ns: u64,
     /// The full irqchip's devices; none with the split one.
     pub devices: Option<FullIrqchipState>,
 }
@@ -129,6 +132,8 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: usize,
     pub(super) layout: Arc<StateLayout>,
+    /// Its state, where that is known without asking: it has not run since it was made.
+    known: Mutex<Option<Box<VcpuState>>>,
 }
 
 impl Vcpu {
@@ -145,8 +150,29 @@ impl Vcpu {
     }
 
     /// Its descriptor, to run it on the calling thread.
-    pub const fn fd_mut(&mut self) -> &mut VcpuFd {
+    pub fn fd_mut(&mut self) -> &mut VcpuFd {
+        self.forget();
         &mut self.fd
+    }
+
+    /// Remembers its state, so that the first state that is set into it costs less: for one that is
+    /// made ahead.
+    ///
+    /// # Errors
+    /// As [`VcpuState::save`].
+    pub fn remember(&self) -> Result<(), KvmError> {
+        let state = self.save()?;
+        *self.known() = Some(Box::new(state));
+        Ok(())
+    }
+
+    /// It is about to run: nothing is known of it any more.
+    pub(super) fn forget(&self) {
+        *self.known() = None;
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Box<VcpuState>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Saves its state.
@@ -162,7 +188,8 @@ impl Vcpu {
     /// # Errors
     /// As [`VcpuState::set`].
     pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
-        state.set(&self.fd, &self.layout)
+        let known = self.known().take();
+        state.set(&self.fd, &self.layout, known.as_deref())
     }
 }
 
@@ -216,7 +243,7 @@ impl Vm {
         fd.set_cpuid2(&cpuid_of(kvm.supported_cpuid(), index, vcpus))
             .map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         let layout = StateLayout::of(kvm, &self.fd, &fd)?;
-        Ok(Vcpu { fd, index: index.into(), layout })
+        Ok(Vcpu { fd, index: index.into(), layout, known: Mutex::default() })
     }
 
     /// Which interrupt controller the VM has.
@@ -254,11 +281,12 @@ impl Vm {
     /// The ioctl that failed.
     pub fn save(&self) -> Result<VmState, KvmError> {
         let clock = self.fd.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        let saved_at_ns = monotonic_ns();
         let devices = match self.irqchip {
             Irqchip::Split => None,
             Irqchip::Full => Some(self.save_devices()?),
         };
-        Ok(VmState { clock_ns: clock.clock, devices })
+        Ok(VmState { clock_ns: clock.clock, saved_at_ns, devices })
     }
 
     fn save_devices(&self) -> Result<FullIrqchipState, KvmError> {
@@ -274,7 +302,7 @@ impl Vm {
     }
 
     /// Sets a saved state; no vCPU is running. Set it before the states of the vCPUs. The clock
-    /// goes on from its saved value, as if no time had passed since.
+    /// shows what the source's shows at this moment.
     ///
     /// # Errors
     /// The ioctl that failed, or the state is that of another irqchip.
@@ -295,7 +323,8 @@ impl Vm {
                 return Err(KvmError::WrongIrqchip { operation, needed: "full" });
             }
         }
-        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        let since_ns = monotonic_ns().saturating_sub(state.saved_at_ns);
+        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(since_ns), ..Default::default() };
         self.fd.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
     }
 }

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use salp_protocol::call;
 
 use super::MemberError;
-use super::life::{Answer, Member, STOP_LIMIT};
-use super::messages::{CutReply, CutTimes, Event, Reply, Snapshot};
+use super::life::{Answer, Member, RESET_OPEN, STOP_LIMIT};
+use super::messages::{CutReply, CutTimes, EncodedSnapshot, Event, Reply, Snapshot};
 use crate::devices::backing::{Backing, BackingState};
 use crate::devices::gate::HeldGate;
 use crate::frames::CutId;
 use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, resume_all, stop_all};
+use crate::kvm::{VcpuThread, rouse_all, stop_all};
 use crate::space::Space;
 use crate::window::{CutFiles, Window};
 
@@ -33,6 +33,9 @@ impl Member {
         let no_files = |_| MemberError::Protocol("a cut comes with two files");
         let [blocks, patches] = <[OwnedFd; 2]>::try_from(descriptors).map_err(no_files)?;
         let life = self.life()?;
+        if self.prepared.is_some() {
+            return Err(RESET_OPEN);
+        }
         if life.has_ended {
             return Err(MemberError::Protocol("this vm has ended"));
         }
@@ -42,6 +45,8 @@ impl Member {
         let result = self.take_cut(&space, &backing, cut, previous, asked_by);
         match result {
             Ok((reply, extents)) => {
+                self.is_at_origin = false;
+                self.cuts += 1;
                 self.just_cut = Some(cut);
                 Ok((Reply::Cut(Box::new(reply)), extents))
             }
@@ -70,18 +75,23 @@ impl Member {
         let result = stopped.map_err(MemberError::from).and_then(|()| {
             let snapshot = self.save(&held, backing, asked_by)?;
             times.saved = monotonic_ns();
+            if self.held.is_none() {
+                rouse_all(&self.vcpus);
+            }
             let figures = reserved.perform(previous)?;
             times.protected = monotonic_ns();
             Ok((snapshot, figures))
         });
         // Also after a failure: the VM goes on.
-        let resumed = if self.held.is_none() { resume_all(&self.vcpus) } else { Ok(()) };
+        let resumed = if self.held.is_none() { self.resume_vcpus() } else { Ok(()) };
         times.resumed = monotonic_ns();
         drop(held);
         let (mut snapshot, figures) = result?;
         resumed?;
         let extents = self.extents_of(&mut snapshot)?;
-        Ok((CutReply { snapshot, figures, times }, extents))
+        let is_still = self.held.is_some() && self.vm.is_some() && snapshot.dma.requests.is_empty();
+        let snapshot = EncodedSnapshot::of(&snapshot)?;
+        Ok((CutReply { snapshot, is_still, figures, times }, extents))
     }
 
     /// Names the extent files that a snapshot needs, and returns them in that order.
@@ -103,27 +113,38 @@ impl Member {
     ) -> Result<Snapshot, MemberError> {
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         for vcpu in self.vcpus.iter() {
-            if vcpu.open_call()?.is_some() {
+            if vcpu.open_call()? == Some(call::FORK) {
                 let is_asked = asked_by == Some(vcpu.index());
                 vcpu.show_result(if is_asked { 0 } else { call::AGAIN })?;
             }
         }
         let no_engine = MemberError::Protocol("this vm has no dma engine");
-        let dma = live.bus.dma.as_ref().ok_or(no_engine)?;
+        let bus = live.bus();
+        let dma = bus.dma.as_ref().ok_or(no_engine)?;
         Ok(Snapshot {
             vcpus: self.vcpus.iter().map(VcpuThread::save).collect::<Result<_, _>>()?,
             vm: self.vm.as_ref().map(|vm| vm.save()).transpose()?,
             dma: dma.save(held),
             backing: Some(backing.freeze(held)),
             extents: Vec::new(),
-            serial: live.bus.serial.save(held),
+            serial: bus.serial.save(held),
             asked_by,
         })
     }
 
-    /// Reports when the last vCPU entered the guest again. One that is inside a call of its own, or
-    /// has ended, went on at the order to resume.
+    /// Reports when the last vCPU entered the guest again.
     pub(super) fn report_reentry(&self, cut: CutId) {
+        let at = self.await_reentry();
+        let harvest = self.life().and_then(|life| Ok(life.space.harvest()?));
+        match harvest {
+            Ok(report) => self.machine.tell(Event::Reentered { cut, at, pages: report.counts }),
+            Err(error) => self.machine.tell(Event::Trouble(error.to_string())),
+        }
+    }
+
+    /// When the last vCPU entered the guest after a resume. One that is inside a call of its own, or
+    /// has ended, went on at the order to resume.
+    pub(super) fn await_reentry(&self) -> u64 {
         let limit = Instant::now() + REENTRY_LIMIT;
         let mut at = 0;
         for vcpu in self.vcpus.iter() {
@@ -139,10 +160,6 @@ impl Member {
             };
             at = at.max(entered);
         }
-        let harvest = self.life().and_then(|life| Ok(life.space.harvest()?));
-        match harvest {
-            Ok(report) => self.machine.tell(Event::Reentered { cut, at, pages: report.counts }),
-            Err(error) => self.machine.tell(Event::Trouble(error.to_string())),
-        }
+        at
     }
 }

@@ -1,21 +1,22 @@
 //! The life of a VM in its member: boot or become, cut, report, end.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use super::MemberError;
 use super::extents::ArenaExtents;
 use super::machine::{Live, MemberMachine};
-use super::messages::{Description, Event, GuestKind, Order, PuppetOrder, Reply, Setup, Snapshot};
+use super::messages::{
+    Description, Event, GuestKind, Order, PuppetOrder, Reply, ResetReply, ResetTimes, Setup, Snapshot,
+};
 use super::ram::SpaceRam;
 use super::services::Services;
-use super::shell::{MemberFiles, Shell};
+use super::shell::{MemberFiles, ServedSpace, Shell};
 use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
 use super::wiring::{ConsoleSink, MsiLine, NoLine};
-use crate::board::Board;
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
@@ -26,36 +27,55 @@ use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, Vm, close, resume_all, stop_all};
-use crate::space::{Access, Space, SpaceError};
-use crate::window::{OnFailure, Resolvers, Window};
+use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, rouse_all, stop_all};
+use crate::space::{Access, Keep, Space, SpaceError};
+use crate::window::{Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
 /// only when that page does.
 pub(super) const STOP_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long they may take to be looked at: whoever waits for a page has not halted.
+const LOOK_LIMIT: Duration = Duration::from_millis(200);
+
 /// A member process.
 pub struct Member {
     pub(super) setup: Setup,
-    board: Board,
     files: Arc<MemberFiles>,
     pub(super) machine: Arc<MemberMachine>,
     pub(super) gate: Arc<CompletionGate>,
     pub(super) vm: Option<Arc<Vm>>,
     pub(super) vcpus: Vec<VcpuThread>,
-    window: Option<Window>,
+    /// Until it has a role.
+    memory: Option<ServedSpace>,
     life: Option<Life>,
     /// While quiesced.
     pub(super) held: Option<HeldGate>,
+    /// How many cuts of it there were.
+    pub(super) cuts: u64,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
+    /// What it took to map the window of a clone, in nanoseconds.
+    window_ns: u64,
+    /// What the VM began with, if it is a clone.
+    pub(super) origin: Option<Arc<Snapshot>>,
+    /// Its tables say what they did then: it has not been cut since.
+    pub(super) is_at_origin: bool,
+    /// It is stopped for a reset that is not done.
+    pub(super) prepared: Option<ResetTimes>,
+    /// The reset just done, whose end is to be reported.
+    pub(super) just_reset: Option<ResetReply>,
+    /// Pages pinned by order, a device's own not counted, as often as they are.
+    pub(super) outside_pins: u64,
+    /// The guest has halted for good, and that was told.
+    pub(super) has_halted: bool,
 }
 
 /// What a VM has besides what its vCPUs see.
 pub(super) struct Life {
     pub(super) space: Arc<Space<Window>>,
     services: Services,
-    thread_guest: Option<ThreadGuest>,
+    pub(super) thread_guest: Option<ThreadGuest>,
     pub(super) backing: Arc<Backing>,
     pub(super) extents: Arc<ArenaExtents>,
     pub(super) has_ended: bool,
@@ -75,16 +95,23 @@ impl Member {
     pub fn new(shell: Shell) -> Self {
         Self {
             setup: shell.setup,
-            board: shell.board,
             files: shell.files,
             machine: shell.machine,
             gate: CompletionGate::new(),
             vm: shell.vm,
             vcpus: shell.vcpus,
-            window: Some(shell.window),
+            memory: Some(shell.memory),
             life: None,
             held: None,
+            cuts: 0,
             just_cut: None,
+            window_ns: 0,
+            origin: None,
+            is_at_origin: false,
+            prepared: None,
+            just_reset: None,
+            outside_pins: 0,
+            has_halted: false,
         }
     }
 
@@ -103,9 +130,11 @@ impl Member {
             }
             Order::ConsoleInput(input) => {
                 let live = self.machine.role().map_err(MemberError::Protocol)?;
-                Ok((Reply::Accepted(live.bus.serial.enqueue(&input)), Vec::new()))
+                Ok((Reply::Accepted(live.bus().serial.enqueue(&input)), Vec::new()))
             }
-            Order::Become { vm, cut, snapshot } => self.become_clone(vm, cut, &snapshot, descriptors),
+            Order::Become { vm, cut, snapshot } => {
+                self.become_clone(vm, cut, snapshot.decode()?, descriptors)
+            }
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
             Order::ReleaseCut { cut } => self.release_cut(cut),
             Order::Publish { keep } => {
@@ -118,6 +147,13 @@ impl Member {
             }
             Order::Quiesce => self.quiesce(),
             Order::Resume => self.resume(),
+            Order::PrepareReset => self.prepare_reset(monotonic_ns()).and(done()),
+            Order::Reset => self.reset(),
+            Order::RefuseReset { vcpu } => {
+                self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.refuse_reset();
+                done()
+            }
+            Order::Look => self.look(),
             Order::Harvest => Ok((Reply::Harvest(Box::new(self.life()?.space.harvest()?)), Vec::new())),
             Order::Describe => Ok((Reply::Describe(Box::new(self.describe()?)), Vec::new())),
             Order::Puppet { vcpu, order } => self.put_order(vcpu, order),
@@ -131,10 +167,12 @@ impl Member {
             }
             Order::Pin { first, pages } => {
                 self.life()?.space.pin(first, pages, Access::ReadWrite)?;
+                self.outside_pins += pages;
                 done()
             }
             Order::Unpin { first, pages } => {
                 self.life()?.space.unpin(first, pages)?;
+                self.outside_pins -= pages;
                 done()
             }
             Order::DeviceStore { gfn, value } => self.device_store(gfn, value),
@@ -155,20 +193,34 @@ impl Member {
             if self.setup.publication.in_background
                 && let Ok(life) = self.life()
             {
-                life.services.publish(self.setup.publication.keep);
+                life.services.publish(self.keep());
             }
+        }
+        if let Some(mut reset) = self.just_reset.take() {
+            reset.times.entered = self.await_reentry();
+            self.machine.tell(Event::WasReset(reset));
         }
         if let Some(life) = &self.life {
             life.services.reap();
         }
     }
 
+    /// What the VM does with its own copies of what is published.
+    fn keep(&self) -> Keep {
+        let publication = &self.setup.publication;
+        if self.cuts > 1 { publication.keep_later } else { publication.keep }
+    }
+
     pub(super) fn life(&self) -> Result<&Life, MemberError> {
         self.life.as_ref().ok_or(MemberError::Protocol("this member is no vm yet"))
     }
 
-    fn window(&mut self) -> Result<Window, MemberError> {
-        self.window.take().ok_or(MemberError::Protocol("this member is a vm already"))
+    pub(super) fn life_mut(&mut self) -> Result<&mut Life, MemberError> {
+        self.life.as_mut().ok_or(MemberError::Protocol("this member is no vm yet"))
+    }
+
+    fn memory(&mut self) -> Result<ServedSpace, MemberError> {
+        self.memory.take().ok_or(MemberError::Protocol("this member is a vm already"))
     }
 
     fn boot(
@@ -178,14 +230,15 @@ impl Member {
         backing_bytes: u64,
         descriptors: Vec<OwnedFd>,
     ) -> Answer {
-        let window = self.window()?;
+        let memory = self.memory()?;
+        let space = Arc::clone(&memory.space);
+        space.host().become_root().map_err(MemberError::Window)?;
+        space.begin_as_root();
         let base = descriptors.into_iter().next().map(std::fs::File::from);
         let extents = ArenaExtents::new(&self.files, []);
         let backing = Backing::new(base, backing_bytes, Arc::<ArenaExtents>::clone(&extents))?;
-        let board = self.board.clone();
-        let space = Arc::new(Space::new(window, board, self.setup.slot, self.setup.memory));
         let bus = self.bus(&space, &backing, None)?;
-        self.begin(vm, Arc::clone(&space), (backing, extents), bus, false)?;
+        self.begin(vm, memory, (backing, extents), bus, false)?;
         match files {
             Some(files) => {
                 start::enter_image(&self.vcpus, &files.load(&space, self.setup.vcpus, command_line)?)?
@@ -203,11 +256,14 @@ impl Member {
         &mut self,
         vm: VmId,
         cut: CutId,
-        snapshot: &Snapshot,
+        snapshot: Snapshot,
         mut descriptors: Vec<OwnedFd>,
     ) -> Answer {
-        let window = self.window()?;
-        window.become_clone(cut).map_err(MemberError::Window)?;
+        let memory = self.memory()?;
+        let begun = monotonic_ns();
+        memory.space.host().become_clone(cut).map_err(MemberError::Window)?;
+        memory.space.begin_as_clone(cut);
+        self.window_ns = monotonic_ns() - begun;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -217,11 +273,10 @@ impl Member {
         let no_backing = MemberError::Protocol("the snapshot has no backing");
         let state = snapshot.backing.as_ref().ok_or(no_backing)?;
         let backing = Backing::restore(state, base, Arc::<ArenaExtents>::clone(&extents))?;
-        let board = self.board.clone();
-        let space = Arc::new(Space::new_clone(window, board, self.setup.slot, self.setup.memory, cut));
-        let bus = self.bus(&space, &backing, Some(snapshot))?;
+        let bus = self.bus(&memory.space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
-        self.begin(vm, space, (backing, extents), bus, true)?;
+        self.begin(vm, memory, (backing, extents), bus, true)?;
+        rouse_all(&self.vcpus);
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
         }
@@ -229,17 +284,25 @@ impl Member {
             vcpu.set(state)?;
         }
         let answer = self.go()?;
+        self.begin_as_clone(&snapshot)?;
+        self.origin = Some(Arc::new(snapshot));
+        self.is_at_origin = true;
+        Ok(answer)
+    }
+
+    /// What comes once a clone runs, or runs again.
+    pub(super) fn begin_as_clone(&self, snapshot: &Snapshot) -> Result<(), MemberError> {
         if let (GuestKind::Thread, Some(vcpu)) = (self.setup.guest, snapshot.asked_by) {
             self.machine.tell(Event::Puppet { vcpu, result: 0 });
         }
         // After the vCPUs: a registered buffer is pinned again, which waits for its pages.
-        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
+        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus().dma {
             dma.start().map_err(MemberError::Window)?;
         }
-        Ok(answer)
+        Ok(())
     }
 
-    fn bus(
+    pub(super) fn bus(
         &self,
         space: &Arc<Space<Window>>,
         backing: &Arc<Backing>,
@@ -264,52 +327,39 @@ impl Member {
         Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma) })
     }
 
-    /// Gives the machine its role, and starts the threads that serve its memory.
+    /// Gives the machine its role.
     fn begin(
         &mut self,
         vm: VmId,
-        space: Arc<Space<Window>>,
+        memory: ServedSpace,
         (backing, extents): (Arc<Backing>, Arc<ArenaExtents>),
         bus: Bus,
         is_clone: bool,
     ) -> Result<(), MemberError> {
-        let machine = Arc::clone(&self.machine);
-        let on_failure: OnFailure = Arc::new(move |error: SpaceError| {
-            // After the end of a VM its faults stay open, and concern nobody.
-            if !matches!(error, SpaceError::Stopping) {
-                machine.tell(Event::Trouble(error.to_string()));
-            }
-        });
-        // One more than can wait for another process at one time, and one for the devices.
-        let resolvers = Resolvers::start(&space, usize::from(self.setup.vcpus) + 2, &on_failure)
-            .map_err(MemberError::Window)?;
-        let services = Services::start(
-            &space,
-            &self.machine,
-            self.board.clone(),
-            self.setup.slot,
-            self.setup.publication.keep,
-        )
-        .map_err(MemberError::Window)?;
         if is_clone {
             self.machine.mailboxes().iter().for_each(super::mailbox::Mailbox::inherit_work);
         }
-        let live = Live { vm, bus, space: Arc::clone(&space), is_fresh: AtomicBool::new(is_clone) };
+        let live = Live {
+            vm,
+            bus: RwLock::new(bus),
+            space: Arc::clone(&memory.space),
+            is_fresh: AtomicBool::new(is_clone),
+        };
         self.machine.live(live).map_err(MemberError::Protocol)?;
         self.life = Some(Life {
-            space,
-            services,
+            space: memory.space,
+            services: memory.services,
             thread_guest: None,
             backing,
             extents,
             has_ended: false,
-            _resolvers: resolvers,
+            _resolvers: memory.resolvers,
         });
         Ok(())
     }
 
     /// Lets the guest run.
-    fn go(&mut self) -> Answer {
+    pub(super) fn go(&mut self) -> Answer {
         if self.setup.guest == GuestKind::Thread {
             let guest = ThreadGuest::start(&self.machine).map_err(MemberError::Window)?;
             if let Some(life) = &mut self.life {
@@ -317,8 +367,8 @@ impl Member {
             }
         }
         let at = monotonic_ns();
-        resume_all(&self.vcpus)?;
-        Ok((Reply::Running { at }, Vec::new()))
+        self.resume_vcpus()?;
+        Ok((Reply::Running { at, window_ns: self.window_ns }, Vec::new()))
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {
@@ -329,7 +379,12 @@ impl Member {
     }
 
     fn quiesce(&mut self) -> Answer {
-        stop_all(&self.vcpus, STOP_LIMIT)?;
+        if let Err(error) = stop_all(&self.vcpus, STOP_LIMIT) {
+            if self.held.is_none() {
+                self.resume_vcpus()?;
+            }
+            return Err(error.into());
+        }
         if self.held.is_none() {
             self.held = Some(self.gate.hold());
         }
@@ -337,10 +392,58 @@ impl Member {
     }
 
     fn resume(&mut self) -> Answer {
+        if self.prepared.is_some() {
+            return Err(RESET_OPEN);
+        }
         if !self.life()?.has_ended {
-            resume_all(&self.vcpus)?;
+            self.resume_vcpus()?;
         }
         self.held = None;
+        done()
+    }
+
+    /// Lets the vCPUs go on, those too that have not stopped yet.
+    fn go_on(&self) -> Result<(), KvmError> {
+        self.vcpus.iter().try_for_each(|vcpu| match vcpu.resume() {
+            Err(KvmError::NotStopped { .. }) => vcpu.take_back_stop(),
+            resumed => resumed,
+        })
+    }
+
+    /// As [`go_on`](Self::go_on); the watch may have seen them stand still.
+    pub(super) fn resume_vcpus(&self) -> Result<(), KvmError> {
+        let resumed = self.go_on();
+        self.machine.watch().guest_acts();
+        resumed
+    }
+
+    /// Looks whether the guest has halted for good. One that does anything is not disturbed.
+    fn look(&mut self) -> Answer {
+        let sleeps = |vcpu: &VcpuThread| vcpu.watch().doing() == Doing::Sleeps;
+        if self.life()?.has_ended || self.has_halted || self.held.is_some() || self.vcpus.is_empty() {
+            return done();
+        }
+        if !self.vcpus.iter().all(sleeps) {
+            self.machine.watch().guest_acts();
+            return done();
+        }
+        let rests = stop_all(&self.vcpus, LOOK_LIMIT)
+            .and_then(|()| self.vcpus.iter().map(VcpuThread::rest).collect::<Result<Vec<_>, _>>());
+        if let Ok(rests) = &rests
+            && Rest::is_for_good(rests)
+            && let Some(at) = rests.iter().position(|&rest| rest == Rest::Halted)
+        {
+            self.has_halted = true;
+            self.machine.ended(at, self.vcpus[at].halted(self.machine.as_ref())?);
+        }
+        // Also one that has halted: it may be cut, as any other.
+        self.go_on()?;
+        // It slept for another reason, waiting for a page perhaps: it is to be looked at again.
+        match rests {
+            Ok(rests) if !rests.contains(&Rest::Awake) => {}
+            Ok(_) | Err(KvmError::StopTimeout { .. }) => self.machine.watch().guest_acts(),
+            Err(error) => return Err(error.into()),
+        }
         done()
     }
 
@@ -393,7 +496,7 @@ impl Member {
             kvm: self.vcpus.first().and_then(|vcpu| vcpu.stats().ok()).unwrap_or_default(),
             ..Description::default()
         };
-        if let Some(dma) = &live.bus.dma {
+        if let Some(dma) = &live.bus().dma {
             description.count_dma(dma.counters(), dma.in_flight());
         }
         Ok(description)
@@ -409,7 +512,7 @@ impl Member {
         life.thread_guest = None;
         let vcpus = std::mem::take(&mut self.vcpus);
         vcpus.iter().for_each(VcpuThread::request_stop);
-        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus.dma {
+        if let Some(dma) = &self.machine.role().map_err(MemberError::Protocol)?.bus().dma {
             dma.stop();
         }
         if let Some(vm) = self.vm.take() {
@@ -427,6 +530,8 @@ impl Member {
     }
 }
 
+pub(super) const RESET_OPEN: MemberError =
+    MemberError::Protocol("a reset of this vm is not finished: reset it again, or end it");
 const NO_VCPU: MemberError = MemberError::Protocol("there is no such vcpu");
 /// `minflt` of this process, the tenth field of its `stat` (proc(5)); its name may have spaces, so the
 /// fields are counted from the parenthesis that ends it.

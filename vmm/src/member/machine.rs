@@ -1,23 +1,26 @@
 //! The machine around a member's vCPUs: devices on ports and MMIO, and the guest's calls.
 //!
+//! Console output goes to the keeper by lines; what is left of a line the [`Watch`] sends on.
+//!
 //! It exists before the VM has a role, since vCPU threads are made ahead: [`MemberMachine::live`]
 //! gives it one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use salp_protocol::{call, port};
 
-use super::mailbox::Mailbox;
-use super::messages::{Event, Message, Progress};
+use super::mailbox::{Mailbox, ResetBell};
+use super::messages::{Event, HowEnded, Message, Progress};
 use super::start::{is_reset, read_port};
+use super::watch::Watch;
 use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
 use crate::ipc::Channel;
 use crate::kvm::kick::{StopSignal, Woken};
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{CallOutcome, CallRegisters, End, Flow, Machine};
+use crate::kvm::{CallOutcome, CallRegisters, End, Flow, HostDescription, Machine};
 use crate::space::Space;
 use crate::window::Window;
 use crate::words::Gpa;
@@ -26,12 +29,19 @@ use crate::words::Gpa;
 pub struct Live {
     /// Its name.
     pub vm: VmId,
-    /// Its devices.
-    pub bus: Bus,
+    /// Its devices. Replaced by a reset alone, while the vCPUs are stopped.
+    pub bus: RwLock<Bus>,
     /// Its memory.
     pub space: Arc<Space<Window>>,
     /// Whether it is a clone whose first exit has not been reported.
     pub is_fresh: AtomicBool,
+}
+
+impl Live {
+    /// The devices.
+    pub fn bus(&self) -> RwLockReadGuard<'_, Bus> {
+        self.bus.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// See the module.
@@ -41,12 +51,12 @@ pub struct MemberMachine {
     keeper: Arc<Channel>,
     /// Console output that the keeper has not got.
     line: Mutex<Vec<u8>>,
+    reset_asked: ResetBell,
+    watch: Watch,
 }
 
 /// A line without an end is sent on at this length.
 const LINE_LIMIT_BYTES: usize = 256;
-/// The serial port's interrupt enable register: a driver writes it when it has nothing more to say.
-const SERIAL_ENABLE: u16 = port::SERIAL + 1;
 
 impl MemberMachine {
     /// A machine for `vcpus` vCPUs that reports to `keeper`.
@@ -55,7 +65,14 @@ impl MemberMachine {
     /// No descriptor could be made.
     pub fn new(vcpus: u8, keeper: Arc<Channel>) -> std::io::Result<Self> {
         let mailboxes = (0..vcpus).map(|_| Mailbox::new()).collect::<Result<_, _>>()?;
-        Ok(Self { live: OnceLock::new(), mailboxes, keeper, line: Mutex::default() })
+        Ok(Self {
+            live: OnceLock::new(),
+            mailboxes,
+            keeper,
+            line: Mutex::default(),
+            reset_asked: ResetBell::new()?,
+            watch: Watch::default(),
+        })
     }
 
     /// Gives the machine its role, once.
@@ -85,6 +102,21 @@ impl MemberMachine {
         &self.mailboxes
     }
 
+    /// Where a guest's wish to be reset is heard.
+    pub fn reset_bell(&self) -> &ResetBell {
+        &self.reset_asked
+    }
+
+    /// The VM is what it was when it began, and will run: nothing that it did since counts.
+    pub fn begin_again(&self) {
+        self.flush_line();
+        self.mailboxes.iter().for_each(Mailbox::begin_again);
+        if let Some(live) = self.live.get() {
+            live.is_fresh.store(true, Ordering::Relaxed);
+        }
+        self.tell(Event::Restarting);
+    }
+
     /// Tells the keeper something. If the keeper is gone, so is this process soon.
     pub fn tell(&self, event: Event) {
         if let Err(error) = self.keeper.send(&Message::Event(event), &[]) {
@@ -95,18 +127,26 @@ impl MemberMachine {
     /// Sends console output to the keeper, a line at a time.
     pub fn print(&self, bytes: &[u8]) {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_begun = line.is_empty();
         line.extend_from_slice(bytes);
         if bytes.contains(&b'\n') || line.len() >= LINE_LIMIT_BYTES {
             self.tell(Event::Console(std::mem::take(&mut line)));
+        } else if is_begun {
+            self.watch.line_begun();
         }
     }
 
     /// Sends what there is of a line, a prompt for one.
-    fn flush_line(&self) {
+    pub(super) fn flush_line(&self) {
         let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         if !line.is_empty() {
             self.tell(Event::Console(std::mem::take(&mut line)));
         }
+    }
+
+    /// What looks after this machine.
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Reports a clone's first exit.
@@ -151,6 +191,21 @@ impl MemberMachine {
         }
     }
 
+    /// Waits for a reset, which stops this vCPU and takes its place; or for its refusal.
+    fn await_reset(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
+        let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
+        loop {
+            mailbox.hush();
+            if mailbox.take_refusal() {
+                return refuse(registers);
+            }
+            if let Woken::Stop = stop.wait(Some(std::os::fd::AsFd::as_fd(mailbox)), None) {
+                // In the clone of a cut that comes first: it is not what was to be reset.
+                return CallOutcome::InterruptedWith(call::FAILED);
+            }
+        }
+    }
+
     fn await_fork(&self, vcpu: usize, registers: &mut CallRegisters, stop: &StopSignal) -> CallOutcome {
         let Some(mailbox) = self.mailboxes.get(vcpu) else { return refuse(registers) };
         loop {
@@ -183,22 +238,24 @@ impl Machine for MemberMachine {
     fn pio_read(&self, _vcpu: usize, port: u16, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get()
-            && live.bus.port_read(port, data) == Claim::Nobody
+            && live.bus().port_read(port, data) == Claim::Nobody
         {
             read_port(port, data);
+        }
+        if let Some(live) = self.live.get()
+            && live.bus().serial.take_room()
+        {
+            self.tell(Event::ConsoleRoom);
         }
     }
 
     fn pio_write(&self, _vcpu: usize, port: u16, data: &[u8]) -> Flow {
         self.mark_exit();
         let Some(live) = self.live.get() else { return Flow::Continue };
-        if live.bus.port_write(port, data) == Claim::Nobody && is_reset(port, data) {
+        if live.bus().port_write(port, data) == Claim::Nobody && is_reset(port, data) {
             return Flow::Reset;
         }
-        if port == SERIAL_ENABLE {
-            self.flush_line();
-        }
-        match live.bus.exit.status() {
+        match live.bus().exit.status() {
             Some(status) if port == port::EXIT => Flow::Exit(status),
             _ => Flow::Continue,
         }
@@ -207,14 +264,14 @@ impl Machine for MemberMachine {
     fn mmio_read(&self, _vcpu: usize, gpa: Gpa, data: &mut [u8]) {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.mmio_read(gpa, data));
+            ignore(live.bus().mmio_read(gpa, data));
         }
     }
 
     fn mmio_write(&self, _vcpu: usize, gpa: Gpa, data: &[u8]) -> Flow {
         self.mark_exit();
         if let Some(live) = self.live.get() {
-            ignore(live.bus.mmio_write(gpa, data));
+            ignore(live.bus().mmio_write(gpa, data));
         }
         Flow::Continue
     }
@@ -235,6 +292,10 @@ impl Machine for MemberMachine {
             call::PROGRESS | call::FINISHED => {
                 registers.rax = self.report(vcpu, registers, number == call::FINISHED);
                 CallOutcome::Return
+            }
+            call::RESET => {
+                self.reset_asked.ring(vcpu);
+                self.await_reset(vcpu, registers, stop)
             }
             call::NEXT => self.next_order(vcpu, registers, stop),
             call::SLEEP => {
@@ -257,23 +318,36 @@ impl Machine for MemberMachine {
     fn resume_call(
         &self,
         vcpu: usize,
-        _number: u32,
+        number: u32,
         registers: &mut CallRegisters,
         stop: &StopSignal,
     ) -> CallOutcome {
-        // FORK is the one call that stays open.
-        self.await_fork(vcpu, registers, stop)
+        // These are the two calls that stay open.
+        match number {
+            call::RESET => self.await_reset(vcpu, registers, stop),
+            _ => self.await_fork(vcpu, registers, stop),
+        }
+    }
+
+    fn entering(&self) {
+        self.watch.guest_acts();
     }
 
     fn ended(&self, vcpu: usize, end: End) {
         self.mark_exit();
         self.flush_line();
-        let status = match &end {
-            End::Exit(status) => Some(*status),
-            End::Reset => Some(0),
-            _ => None,
+        let (how, status) = match &end {
+            End::Exit(status) => (HowEnded::Exited, Some(*status)),
+            End::Reset => (HowEnded::Reset, Some(0)),
+            End::HaltedForGood(_) => (HowEnded::Halted, None),
+            _ => (HowEnded::Crashed, None),
         };
-        self.tell(Event::Ended { status, text: format!("vcpu {vcpu}: {end}") });
+        let mut text = format!("vcpu {vcpu}: {end}");
+        if let Some(advice) = end.advice(HostDescription::read().kind) {
+            text.push_str("\n  ");
+            text.push_str(advice);
+        }
+        self.tell(Event::Ended { how, status, text });
     }
 
     fn read_memory(&self, gpa: Gpa, bytes: &mut [u8]) -> bool {

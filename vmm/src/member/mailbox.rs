@@ -2,12 +2,14 @@
 //! finish. One mailbox a vCPU.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::messages::PuppetOrder;
 use crate::family::VmId;
+use crate::kvm::vcpu::monotonic_ns;
 
 #[derive(Default)]
 struct Letters {
@@ -16,6 +18,8 @@ struct Letters {
     is_working: bool,
     fork: Option<Option<VmId>>,
     should_finish: bool,
+    /// The guest's own reset cannot be.
+    is_reset_refused: bool,
 }
 
 /// See the module.
@@ -81,6 +85,22 @@ impl Mailbox {
         self.letters().is_working = true;
     }
 
+    /// The VM is what it was when it began: nothing that came since counts.
+    pub fn begin_again(&self) {
+        *self.letters() = Letters { is_working: true, ..Letters::default() };
+    }
+
+    /// Says that the guest's reset cannot be.
+    pub fn refuse_reset(&self) {
+        self.letters().is_reset_refused = true;
+        self.ring();
+    }
+
+    /// Whether that was said: true the first time.
+    pub fn take_refusal(&self) -> bool {
+        std::mem::take(&mut self.letters().is_reset_refused)
+    }
+
     /// Puts the result of a fork in.
     pub fn put_fork(&self, clone: Option<VmId>) {
         self.letters().fork = Some(clone);
@@ -101,6 +121,43 @@ impl Mailbox {
     /// Whether the guest is to finish.
     pub fn should_finish(&self) -> bool {
         self.letters().should_finish
+    }
+}
+
+/// Rings when a guest wants to be reset.
+pub struct ResetBell {
+    bell: OwnedFd,
+    /// The vCPU that asked last.
+    asked_by: AtomicUsize,
+    /// When, in nanoseconds of `CLOCK_MONOTONIC`.
+    asked_at: AtomicU64,
+}
+
+impl ResetBell {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { bell, asked_by: AtomicUsize::new(0), asked_at: AtomicU64::new(0) })
+    }
+
+    pub(super) fn ring(&self, vcpu: usize) {
+        // Relaxed: the bell orders it.
+        self.asked_at.store(monotonic_ns(), Ordering::Relaxed);
+        self.asked_by.store(vcpu, Ordering::Relaxed);
+        if let Err(error) = rustix::io::write(&self.bell, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "a guest's wish to be reset is lost");
+        }
+    }
+
+    /// The vCPU that has asked since the last look, and when.
+    pub(super) fn take(&self) -> Option<(usize, u64)> {
+        let is_rung = rustix::io::read(&self.bell, &mut [0; 8]).is_ok();
+        is_rung.then(|| (self.asked_by.load(Ordering::Relaxed), self.asked_at.load(Ordering::Relaxed)))
+    }
+}
+
+impl AsFd for ResetBell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
     }
 }
 

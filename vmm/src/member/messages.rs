@@ -10,7 +10,7 @@ use crate::devices::serial::SerialState;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::{Irqchip, Times, VcpuState, VmState};
-use crate::space::{CutFigures, Keep, PageCounts, SpaceReport};
+use crate::space::{CutFigures, Keep, PageCounts, ResetFigures, SpaceReport};
 use crate::words::{Gfn, MemoryShape};
 
 /// What runs in a VM.
@@ -30,6 +30,9 @@ pub struct Publication {
     pub in_background: bool,
     /// What the source does with its own copies.
     pub keep: Keep,
+    /// The same from its second cut on. A source that keeps its own is published whole at each cut, for
+    /// nobody knows what it has written since the last; one that shares has only what it has written.
+    pub keep_later: Keep,
 }
 
 /// What a member is made for: the first message, with the board and the arena as descriptors.
@@ -76,6 +79,28 @@ pub struct Snapshot {
     pub asked_by: Option<usize>,
 }
 
+/// A [`Snapshot`] on its way: the keeper has no need to look into it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EncodedSnapshot(#[serde(with = "serde_bytes")] Vec<u8>);
+
+impl EncodedSnapshot {
+    /// Encodes a snapshot.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn of(snapshot: &Snapshot) -> Result<Self, postcard::Error> {
+        postcard::to_stdvec(snapshot).map(Self)
+    }
+
+    /// Decodes it.
+    ///
+    /// # Errors
+    /// It is not one.
+    pub fn decode(&self) -> Result<Snapshot, postcard::Error> {
+        postcard::from_bytes(&self.0)
+    }
+}
+
 /// A request to a member. Answered by [`Reply`] or an error text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Order {
@@ -109,7 +134,7 @@ pub enum Order {
         /// The cut.
         cut: CutId,
         /// The state at the cut.
-        snapshot: Box<Snapshot>,
+        snapshot: EncodedSnapshot,
     },
     /// Take a cut. Comes with the cut's block file and patch file.
     Cut {
@@ -136,6 +161,17 @@ pub enum Order {
     Quiesce,
     /// Go on.
     Resume,
+    /// Stop the VM for a reset, if it can be reset.
+    PrepareReset,
+    /// Return to the cut that the VM is a clone of, and go on from there.
+    Reset,
+    /// The reset that a guest asked for cannot be.
+    RefuseReset {
+        /// Which vCPU asked.
+        vcpu: usize,
+    },
+    /// Look whether the guest has halted for good; [`Event::Ended`] comes before the answer then.
+    Look,
     /// Say what the VM's memory is.
     Harvest,
     /// Say what the VM and its process have done.
@@ -195,6 +231,24 @@ pub enum Order {
     Exit,
 }
 
+impl Order {
+    /// Whether the VM may not be what it was after this.
+    #[must_use]
+    pub const fn may_change_vm(&self) -> bool {
+        !matches!(
+            self,
+            Self::Cut { .. }
+                | Self::ReleaseCut { .. }
+                | Self::Publish { .. }
+                | Self::ResolveKnown
+                | Self::Quiesce
+                | Self::Look
+                | Self::Harvest
+                | Self::Describe
+        )
+    }
+}
+
 /// One order of the puppet case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PuppetOrder {
@@ -233,11 +287,41 @@ pub struct CutTimes {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CutReply {
     /// For the clones.
-    pub snapshot: Snapshot,
+    pub snapshot: EncodedSnapshot,
+    /// Nothing of the VM can change before it is resumed: it was quiesced, with no transfer under way.
+    pub is_still: bool,
     /// What was done in the pause.
     pub figures: CutFigures,
     /// When.
     pub times: CutTimes,
+}
+
+/// Moments of a reset, in nanoseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetTimes {
+    /// The member began; where the guest asked, that was just before.
+    pub begun: u64,
+    /// All vCPUs were stopped.
+    pub stopped: u64,
+    /// No transfer was under way any more.
+    pub drained: u64,
+    /// Memory was that of the cut.
+    pub restored: u64,
+    /// vCPUs and devices were those of the cut.
+    pub set: u64,
+    /// The resume was ordered.
+    pub resumed: u64,
+    /// The last vCPU entered the guest; 0 where that is not known yet.
+    pub entered: u64,
+}
+
+/// What a reset did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetReply {
+    /// To the memory.
+    pub figures: ResetFigures,
+    /// When.
+    pub times: ResetTimes,
 }
 
 /// What a member says of itself.
@@ -286,6 +370,8 @@ pub enum Reply {
     Done,
     /// A cut was taken.
     Cut(Box<CutReply>),
+    /// The VM has returned to its cut, and runs.
+    Reset(ResetReply),
     /// What the memory is.
     Harvest(Box<SpaceReport>),
     /// What has been done.
@@ -298,6 +384,8 @@ pub enum Reply {
     Running {
         /// In nanoseconds of `CLOCK_MONOTONIC`.
         at: u64,
+        /// What mapping the window took, in nanoseconds; 0 at a boot.
+        window_ns: u64,
     },
 }
 
@@ -314,6 +402,22 @@ pub struct Progress {
     pub figure: u64,
     /// The case has verified everything and ended.
     pub is_finished: bool,
+}
+
+/// The ways in which a guest's run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HowEnded {
+    /// It wrote its status to the exit port.
+    Exited,
+    /// It has reset its machine.
+    Reset,
+    /// It has halted, and nothing can wake it.
+    Halted,
+    /// It did what its machine cannot go on from: a triple fault, an instruction that KVM does not know.
+    Crashed,
+    /// Its process is gone; this its keeper says.
+    Killed,
 }
 
 /// What a member says unasked.
@@ -333,6 +437,15 @@ pub enum Event {
         /// By which vCPU.
         vcpu: usize,
     },
+    /// The guest wants to be reset, and that is not for its member alone to do.
+    ResetAsked {
+        /// By which vCPU.
+        vcpu: usize,
+    },
+    /// The VM is what it was when it began: whatever was told of its guest before is past.
+    Restarting,
+    /// The VM has been reset and its vCPUs are in the guest.
+    WasReset(ResetReply),
     /// The clone's first exit.
     FirstExit {
         /// In nanoseconds of `CLOCK_MONOTONIC`.
@@ -349,8 +462,12 @@ pub enum Event {
     },
     /// Nothing is pending any more in these cuts.
     CutsFinished(Vec<CutId>),
+    /// The guest has done nothing for a while and sleeps: it may have halted.
+    Quiet,
     /// The guest's run has ended.
     Ended {
+        /// In which way.
+        how: HowEnded,
         /// Its exit status, if it gave one.
         status: Option<u32>,
         /// What happened.
@@ -360,6 +477,8 @@ pub enum Event {
     Trouble(String),
     /// Console output.
     Console(Vec<u8>),
+    /// Console input was refused, and there is room again.
+    ConsoleRoom,
 }
 
 /// A request with its number.

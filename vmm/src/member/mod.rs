@@ -14,6 +14,7 @@
 //! | [`start`] | what a first VM starts with: the built-in guest, or another kernel |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
+//! | `watch` | sends parts of console lines on, notices a guest that may have halted |
 //! | [`life`], `cutting` | a VM from its role to its end; a cut of it |
 //! | `wiring` | interrupt lines and console |
 //!
@@ -27,10 +28,12 @@ pub mod machine;
 pub mod mailbox;
 pub mod messages;
 pub mod ram;
+mod reset;
 pub mod services;
 pub mod shell;
 mod start;
 pub mod thread_guest;
+mod watch;
 mod wiring;
 
 use std::os::fd::{AsFd as _, RawFd};
@@ -97,6 +100,9 @@ pub enum MemberError {
     /// The serial port.
     #[error("{0}")]
     Serial(#[from] crate::devices::serial::SerialStateError),
+    /// A snapshot could not be coded.
+    #[error("a snapshot cannot be coded: {0}")]
+    Snapshot(#[from] postcard::Error),
     /// The keeper asked for something that makes no sense now.
     #[error("{0}")]
     Protocol(&'static str),
@@ -126,7 +132,11 @@ pub fn run() -> Result<(), MemberError> {
     // Never taken apart here: closing a KVM VM waits for whoever waits in a fault, and nobody might
     // resolve that any more. The kernel takes a process apart in the right order.
     let member = Box::leak(Box::new(Member::new(shell)));
-    while let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? {
+    loop {
+        member.serve_guest(&keeper)?;
+        let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? else {
+            return Ok(());
+        };
         if matches!(order, Order::Exit) {
             keeper.send(&Message::Answer { number, result: Ok(Reply::Done) }, &[])?;
             // Nothing of this process is needed.
@@ -140,7 +150,6 @@ pub fn run() -> Result<(), MemberError> {
         keeper.send(&Message::Answer { number, result }, &files)?;
         member.after();
     }
-    Ok(())
 }
 
 /// Ends this process when the keeper's end of the channel closes, whatever the process is at: it may be

@@ -1,5 +1,5 @@
 //! A member before it is a VM: whatever can be made ahead has been made, and belongs to this
-//! process alone: window, KVM VM, slots over the window, vCPUs and their threads.
+//! process alone: window, KVM VM, slots over the window, vCPUs, all threads.
 #![expect(unsafe_code, reason = "vouches to KVM for the window")]
 
 use std::io;
@@ -10,12 +10,15 @@ use std::sync::atomic::AtomicU32;
 
 use super::MemberError;
 use super::machine::MemberMachine;
-use super::messages::{GuestKind, Setup};
+use super::messages::{Event, GuestKind, Setup};
+use super::services::Services;
+use super::watch;
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
 use crate::kvm::{Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
-use crate::window::Window;
+use crate::space::{Space, SpaceError};
+use crate::window::{OnFailure, Resolvers, Window};
 use crate::words::{LEAF_BYTES, wide};
 
 /// Words of a board in memory that processes share.
@@ -66,13 +69,24 @@ pub struct Shell {
     /// Creates the files of this member.
     pub files: Arc<MemberFiles>,
     /// The VM's memory: anonymous, untouched.
-    pub window: Window,
+    pub memory: ServedSpace,
     /// The KVM VM; none for a thread guest.
     pub vm: Option<Arc<Vm>>,
     /// Its vCPUs, parked.
     pub vcpus: Vec<VcpuThread>,
     /// What the vCPUs' exits go to.
     pub machine: Arc<MemberMachine>,
+}
+
+/// A space with the threads that serve it.
+pub struct ServedSpace {
+    /// The space.
+    pub space: Arc<Space<Window>>,
+    /// They work for clones of the VM.
+    pub services: Services,
+    // Last: joined after everything that may fault.
+    /// They resolve its faults.
+    pub resolvers: Resolvers,
 }
 
 /// A member's side of the arena.
@@ -112,8 +126,31 @@ impl Shell {
             }
             GuestKind::Thread => (None, Vec::new()),
         };
-        Ok(Self { setup, board, files: Arc::new(files), window, vm, vcpus, machine })
+        if !vcpus.is_empty() {
+            watch::start(&machine, &vcpus).map_err(MemberError::Window)?;
+        }
+        let space = Space::unused(window, board.clone(), setup.slot, setup.memory);
+        let (space, files) = (Arc::new(space), Arc::new(files));
+        // One more than can wait for another process at one time, and one for the devices.
+        let resolvers = Resolvers::start(&space, usize::from(setup.vcpus) + 2, &on_failure(&machine))
+            .map_err(MemberError::Window)?;
+        let keep = setup.publication.keep;
+        let services = Services::start(&space, &machine, board.clone(), setup.slot, keep)
+            .map_err(MemberError::Window)?;
+        let memory = ServedSpace { space, services, resolvers };
+        Ok(Self { setup, board, files, memory, vm, vcpus, machine })
     }
+}
+
+/// What becomes of faults that cannot be resolved: the keeper is told.
+fn on_failure(machine: &Arc<MemberMachine>) -> OnFailure {
+    let machine = Arc::clone(machine);
+    Arc::new(move |error: SpaceError| {
+        // After the end of a VM its faults stay open, and concern nobody.
+        if !matches!(error, SpaceError::Stopping) {
+            machine.tell(Event::Trouble(error.to_string()));
+        }
+    })
 }
 
 fn make_vm(
@@ -125,8 +162,8 @@ fn make_vm(
     let region = |(first, count): (crate::words::LeafNumber, u32)| Region {
         gpa: first.gpa(),
         len_bytes: count as usize * LEAF_BYTES,
-        // SAFETY: the window reserves the range as long as the process runs a VM over it (the VM is
-        // closed first), and Rust keeps nothing in it.
+        // SAFETY: the range is the window's as long as the process runs a VM over it (the VM is closed
+        // first), and Rust keeps nothing in it.
         host: unsafe { VouchedAddress::new(window.host_address(first.gpa()).as_ptr()) },
     };
     let regions: Vec<Region> = setup.memory.regions().into_iter().map(region).collect();
@@ -138,6 +175,7 @@ fn make_vm(
     let threads = vcpus
         .into_iter()
         .map(|vcpu| {
+            vcpu.remember()?;
             let machine = Arc::clone(machine);
             VcpuThread::spawn(vcpu, machine)
         })

@@ -20,6 +20,10 @@ const KEYBOARD_PORT: u16 = 0x64;
 /// Its command to reset the processor.
 const KEYBOARD_RESET: u8 = 0xfe;
 
+/// The reset control register of PC chipsets, and its bit that does it.
+const RESET_PORT: u16 = 0xcf9;
+const RESET_CPU: u8 = 1 << 2;
+
 /// The files that come with an order to boot an image.
 pub(super) struct ImageFiles {
     kernel: File,
@@ -88,7 +92,11 @@ pub(super) fn serial_interrupt(vm: Option<&Arc<Vm>>) -> Option<SerialInterrupt> 
 
 /// Whether a write to a port resets the machine.
 pub(super) fn is_reset(port: u16, data: &[u8]) -> bool {
-    port == KEYBOARD_PORT && data == [KEYBOARD_RESET]
+    match (port, data) {
+        (KEYBOARD_PORT, &[command]) => command == KEYBOARD_RESET,
+        (RESET_PORT, &[value]) => value & RESET_CPU != 0,
+        _ => false,
+    }
 }
 
 /// What a port reads that has no device but a meaning: the keyboard controller takes commands at once.

@@ -12,7 +12,7 @@ use salp_protocol::{call, order};
 
 use super::machine::{Live, MemberMachine};
 use super::mailbox::Mailbox;
-use super::messages::{Event, PuppetOrder};
+use super::messages::{Event, HowEnded, PuppetOrder};
 use crate::space::SpaceError;
 use crate::words::{Gpa, PAGE_BYTES, index};
 
@@ -62,7 +62,11 @@ fn run(machine: &MemberMachine, stop: &AtomicBool) {
             let result = match guest.obey(&order) {
                 Ok(result) => result,
                 Err(error) => {
-                    machine.tell(Event::Ended { status: None, text: error.to_string() });
+                    machine.tell(Event::Ended {
+                        how: HowEnded::Crashed,
+                        status: None,
+                        text: error.to_string(),
+                    });
                     return;
                 }
             };
@@ -125,8 +129,16 @@ impl Guest<'_> {
                 dma.mmio_read(a, &mut value);
                 u64::from_le_bytes(value)
             }),
-            order::COUNT => self.count(a, b, c),
+            order::COUNT => self.count(c, |k| {
+                self.store(a, &u64::to_le_bytes(k))?;
+                self.store(b, &u64::to_le_bytes(k))
+            }),
+            order::COUNT_STRIDE => self.count(b, |k| {
+                let (round, page) = ((k - 1) / c.max(1) + 1, (k - 1) % c.max(1));
+                self.store(a + page * d, &u64::to_le_bytes(round))
+            }),
             order::FORK => Ok(self.fork()),
+            order::RESET => Ok(self.reset()),
             _ => Ok(call::FAILED),
         }
     }
@@ -166,10 +178,23 @@ impl Guest<'_> {
     }
 
     fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> Done {
-        Ok(self.live.bus.dma.as_ref().map_or(call::FAILED, work))
+        Ok(self.live.bus().dma.as_ref().map_or(call::FAILED, work))
     }
 
     /// Asks for a fork and waits for its result: the clone's id. The clone's own guest is told 0.
+    /// Waits for the reset, which ends this thread, or its refusal.
+    fn reset(&self) -> u64 {
+        let Some(mailbox) = self.machine.mailbox(0) else { return call::FAILED };
+        self.machine.reset_bell().ring(0);
+        loop {
+            mailbox.hush();
+            let is_over = mailbox.take_refusal() || self.stop.load(Ordering::SeqCst);
+            if is_over || !await_letter(mailbox) {
+                return call::FAILED;
+            }
+        }
+    }
+
     fn fork(&self) -> u64 {
         let Some(mailbox) = self.machine.mailbox(0) else { return call::FAILED };
         self.machine.tell(Event::ForkAsked { vcpu: 0 });
@@ -184,13 +209,13 @@ impl Guest<'_> {
         }
     }
 
-    fn count(&self, first: u64, second: u64, rounds: u64) -> Done {
+    /// Has `store` store k = 1, 2, ... until there is another order, which it looks for after `rounds`.
+    fn count(&self, rounds: u64, store: impl Fn(u64) -> Done) -> Done {
         let mut k = 0;
         loop {
-            for _ in 0..rounds {
+            for _ in 0..rounds.max(1) {
                 k += 1;
-                self.store(first, &u64::to_le_bytes(k))?;
-                self.store(second, &u64::to_le_bytes(k))?;
+                store(k)?;
             }
             let report = crate::kvm::CallRegisters { rdi: k, ..Default::default() };
             let answer = self.machine.report(0, &report, false);

@@ -223,7 +223,7 @@ impl<H: Host> Space<H> {
     }
 
     /// Maximal runs of RAM leaves for which `is` holds.
-    fn runs(&self, is: impl Fn(LeafNumber) -> bool) -> Vec<(LeafNumber, u32)> {
+    pub(super) fn runs(&self, is: impl Fn(LeafNumber) -> bool) -> Vec<(LeafNumber, u32)> {
         let mut runs: Vec<(LeafNumber, u32)> = Vec::new();
         for leaf in self.shape.leaves().filter(|leaf| is(*leaf)) {
             match runs.last_mut() {

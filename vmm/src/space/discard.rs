@@ -43,6 +43,7 @@ impl<H: Host> Space<H> {
             }
             if is_whole {
                 self.host.map_anonymous(leaf)?;
+                self.set_departed(leaf, true);
                 self.leaves[leaf.index()].registered.store(0, Ordering::Release);
                 self.set_backing(leaf, Backing::Anonymous);
                 self.board.member(self.slot).set_map(leaf, LeafMap::Own);

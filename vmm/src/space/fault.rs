@@ -86,7 +86,7 @@ impl<H: Host> Space<H> {
                 area.set_map(leaf, LeafMap::Own);
                 self.host.wake(leaf)?;
             }
-            Found::Shared { block: Some(block), patches: None } if self.placeholder == Some(block) => {
+            Found::Shared { block: Some(block), patches: None } if self.is_over_block(leaf, block) => {
                 area.set_map(leaf, LeafMap::Block(block));
                 self.host.unregister(leaf)?;
                 self.set_backing(leaf, Backing::Block(block));
@@ -107,12 +107,18 @@ impl<H: Host> Space<H> {
                 return Err(SpaceError::Lost { gfn: leaf.first_gfn() });
             }
         }
+        self.set_departed(leaf, false);
         self.counters.leaves_resolved.fetch_add(1, Ordering::Relaxed);
         if self.is_cut_reserved() {
             self.host.register(leaf, 1, super::Traps::Stores)?;
             self.leaves[leaf.index()].registered.store(1, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Whether a trapped leaf lies over this block already: it was never mapped anew.
+    fn is_over_block(&self, leaf: LeafNumber, block: CutId) -> bool {
+        self.placeholder.get() == Some(&block) && !self.has_departed(leaf)
     }
 
     /// The VM is ending and its vCPUs have been told to stop: whoever waits for a page is freed. What
@@ -141,20 +147,30 @@ impl<H: Host> Space<H> {
     /// # Errors
     /// The space is being stopped, or the host refused.
     pub fn resolve_known(&self) -> Result<(), SpaceError> {
-        let area = self.board.member(self.slot);
         for leaf in self.shape.leaves().filter(|leaf| self.backing(*leaf) == Backing::Trapped) {
             if self.is_stopping() {
                 return Err(SpaceError::Stopping);
             }
-            match area.walk(|base| resolve(&self.board, Entry::decode(base), leaf)) {
-                Found::Pending(_) | Found::Lost => {}
-                Found::Zero | Found::Shared { .. } => self.resolve_leaf(leaf)?,
-            }
+            self.resolve_if_known(leaf)?;
         }
         Ok(())
     }
 
-    fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
+    /// Maps a trapped leaf if what it holds can be found out without asking anybody.
+    pub(super) fn resolve_if_known(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+        match self.look_up(leaf) {
+            Found::Pending(_) | Found::Lost => Ok(()),
+            Found::Zero | Found::Shared { .. } => self.resolve_leaf(leaf),
+        }
+    }
+
+    /// What the tables say of a leaf.
+    pub(super) fn look_up(&self, leaf: LeafNumber) -> Found {
+        let area = self.board.member(self.slot);
+        area.walk(|base| resolve(&self.board, Entry::decode(base), leaf))
+    }
+
+    pub(super) fn patches_of(&self, cut: CutId, leaf: LeafNumber) -> Vec<Patch> {
         let patches = self.board.cut(cut).patches(leaf);
         (patches.first_frame..)
             .zip(patches.pages.iter())
@@ -164,14 +180,13 @@ impl<H: Host> Space<H> {
 
     /// What the leaf holds, once that is known.
     fn find(&self, leaf: LeafNumber) -> Result<Found, SpaceError> {
-        let area = self.board.member(self.slot);
         let mut patience = Some(Instant::now() + SOURCE_PATIENCE);
         loop {
             // First: the tables of a VM that has ended are no longer kept.
             if self.is_stopping() {
                 return Err(SpaceError::Stopping);
             }
-            let found = area.walk(|base| resolve(&self.board, Entry::decode(base), leaf));
+            let found = self.look_up(leaf);
             let Found::Pending(cut) = found else {
                 return Ok(found);
             };

@@ -265,6 +265,7 @@ impl<H: Host> Space<H> {
             return Err(error.into());
         }
         self.set_backing(leaf, Backing::Block(block));
+        self.set_departed(leaf, true);
         // After the remapping: what was mapped until now stays named, and the new block is named by
         // this VM's table, from which nothing is taken that the VM does not say to have.
         self.board.member(self.slot).set_map(leaf, LeafMap::Block(block));

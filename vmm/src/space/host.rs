@@ -25,8 +25,10 @@ pub struct HostError {
 pub enum Traps {
     /// Stores to protected pages.
     Stores,
-    /// Every first access, whether the page is in the arena or not.
+    /// Every first access to a leaf over a file, whether the page is in the arena or not.
     Touches,
+    /// Every first access to anonymous memory.
+    Misses,
 }
 
 /// Where the bytes of a page come from when a block is written.
@@ -144,6 +146,26 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// The host refused.
     fn zero(&self, first: Gfn, pages: u64, backing_is_block: bool) -> Result<(), HostError>;
+
+    /// Makes every access to the leaf trap, over anonymous memory: whatever was there is gone. Nobody
+    /// accesses the leaf meanwhile.
+    ///
+    /// # Errors
+    /// The host refused; the leaf is as before, or must be trapped again before it is accessed.
+    fn trap(&self, leaf: LeafNumber) -> Result<(), HostError>;
+
+    /// Gives anonymous pages of the leaf the bytes that `block` (zeros where none) and `patches` have
+    /// there, in place. The leaf is neither trapped nor protected.
+    ///
+    /// # Errors
+    /// The host refused; some pages may have been given theirs.
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError>;
 
     /// Copies an anonymous page of the window.
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]);

@@ -28,12 +28,13 @@ mod force;
 mod host;
 mod pin;
 mod report;
+mod reset;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -44,6 +45,7 @@ pub use self::force::Keep;
 pub use self::host::{Host, HostError, PageSource, PageStates, Patch, Traps};
 pub use self::pin::{Access, PinTable};
 pub use self::report::{LeafReport, PageCounts, SpaceReport};
+pub use self::reset::ResetFigures;
 
 use crate::board::{Board, LeafMap};
 use crate::frames::CutId;
@@ -76,6 +78,9 @@ pub enum SpaceError {
         /// The page.
         gfn: Gfn,
     },
+    /// The VM is not a clone.
+    #[error("the vm is no clone: there is no cut that it could return to")]
+    NoOrigin,
     /// The space is being torn down.
     #[error("the vm is being stopped")]
     Stopping,
@@ -127,6 +132,9 @@ struct Leaf {
     registered: AtomicU32,
     /// [`OPEN`], [`PROTECTED`] or [`PARTLY_PROTECTED`].
     protected: AtomicU32,
+    /// 1 = it maps something else than what the VM shared there when it began; or it traps, and not over
+    /// the file that the window began over.
+    departed: AtomicU32,
 }
 
 /// No protection lies over the leaf.
@@ -169,8 +177,8 @@ pub struct Space<H: Host> {
     pins: Mutex<PinTable>,
     /// The exclusive pages of protected blocks, as they were just before the protection.
     block_sets: Mutex<BTreeMap<LeafNumber, PageSet>>,
-    /// The cut over whose file trapped leaves are mapped.
-    placeholder: Option<CutId>,
+    /// The cut over whose file trapped leaves are mapped: the one that the VM is a clone of.
+    placeholder: OnceLock<CutId>,
     stopping: AtomicU32,
     counters: Counters,
 }
@@ -178,20 +186,20 @@ pub struct Space<H: Host> {
 impl<H: Host> Space<H> {
     /// A space whose window is anonymous and untouched.
     pub fn new(host: H, board: Board, slot: u32, shape: MemoryShape) -> Self {
-        let space = Self::bare(host, board, slot, shape, None);
-        for leaf in shape.leaves() {
-            space.set_backing(leaf, Backing::Anonymous);
-            space.board.member(slot).set_map(leaf, LeafMap::Own);
-        }
+        let space = Self::unused(host, board, slot, shape);
+        space.begin_as_root();
         space
     }
 
     /// The space of a clone of `cut`: all its leaves trap, over that cut's file.
     pub fn new_clone(host: H, board: Board, slot: u32, shape: MemoryShape, cut: CutId) -> Self {
-        Self::bare(host, board, slot, shape, Some(cut))
+        let space = Self::unused(host, board, slot, shape);
+        space.begin_as_clone(cut);
+        space
     }
 
-    fn bare(host: H, board: Board, slot: u32, shape: MemoryShape, placeholder: Option<CutId>) -> Self {
+    /// The space of a VM that will be one of the two: nobody has touched its window.
+    pub fn unused(host: H, board: Board, slot: u32, shape: MemoryShape) -> Self {
         Self {
             host,
             board,
@@ -204,10 +212,24 @@ impl<H: Host> Space<H> {
             cuts: RwLock::new(Vec::new()),
             pins: Mutex::new(PinTable::default()),
             block_sets: Mutex::new(BTreeMap::new()),
-            placeholder,
+            placeholder: OnceLock::new(),
             stopping: AtomicU32::new(0),
             counters: Counters::default(),
         }
+    }
+
+    /// The window is anonymous and untouched.
+    pub fn begin_as_root(&self) {
+        for leaf in self.shape.leaves() {
+            self.set_backing(leaf, Backing::Anonymous);
+            self.board.member(self.slot).set_map(leaf, LeafMap::Own);
+        }
+    }
+
+    /// All leaves of the window trap, over the file of `cut`. A space begins once.
+    pub fn begin_as_clone(&self, cut: CutId) {
+        let first = self.placeholder.set(cut);
+        debug_assert!(first.is_ok(), "a space begins once");
     }
 
     /// The host under the space.
@@ -244,6 +266,14 @@ impl<H: Host> Space<H> {
 
     fn set_protected(&self, leaf: LeafNumber, protected: u32) {
         self.leaves[leaf.index()].protected.store(protected, Ordering::Release);
+    }
+
+    fn has_departed(&self, leaf: LeafNumber) -> bool {
+        self.leaves[leaf.index()].departed.load(Ordering::Acquire) != 0
+    }
+
+    fn set_departed(&self, leaf: LeafNumber, has_departed: bool) {
+        self.leaves[leaf.index()].departed.store(u32::from(has_departed), Ordering::Release);
     }
 
     fn is_registered(&self, leaf: LeafNumber) -> bool {

@@ -7,7 +7,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::words::{HostAddress, LEAF_BYTES, PAGE_BYTES, index, wide};
 
@@ -18,6 +18,11 @@ pub(super) struct Reservation {
     /// What was mapped to find an aligned range in.
     whole: (HostAddress, usize),
 }
+
+/// Where [`Reservation::of_addresses`] begins: 16 TiB, above whatever a program is linked to and its heap.
+const FIRST_ADDRESS: u64 = 16 << 40;
+/// And where it ends: 64 TiB, below libraries, stacks and what the kernel chooses for mappings.
+const LAST_ADDRESS: u64 = 64 << 40;
 
 const PRIVATE_FIXED: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
 
@@ -43,6 +48,48 @@ impl Reservation {
         let whole = whole.cast::<u8>();
         let base = whole.wrapping_add(whole.align_offset(LEAF_BYTES));
         Ok(Self { base: HostAddress::new(base), len_bytes, whole: (HostAddress::new(whole), whole_bytes) })
+    }
+
+    /// Finds addresses where nothing is mapped, and leaves them so until the first mapping is put
+    /// there. That is cheap, where to replace even an empty mapping is not: KVM then looks through its
+    /// records of every page of the range (300 us a GiB where it shadows page tables). Nobody else
+    /// comes to be there, since the kernel gives out addresses from the top of its range, and these lie
+    /// far below.
+    pub(super) fn of_addresses(len_bytes: u64) -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(FIRST_ADDRESS);
+        let step = len_bytes.next_multiple_of(wide(LEAF_BYTES)) + wide(LEAF_BYTES);
+        let len_bytes = index(len_bytes);
+        loop {
+            let at = NEXT.fetch_add(step, Ordering::Relaxed);
+            if at + step > LAST_ADDRESS {
+                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            }
+            // SAFETY: nothing that exists is touched: where something is mapped, this fails.
+            let found = unsafe {
+                libc::mmap(
+                    std::ptr::without_provenance_mut(index(at)),
+                    len_bytes,
+                    libc::PROT_NONE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE,
+                    -1,
+                    0,
+                )
+            };
+            if found == libc::MAP_FAILED {
+                match io::Error::last_os_error() {
+                    error if error.raw_os_error() == Some(libc::EEXIST) => continue,
+                    error => return Err(error),
+                }
+            }
+            let base = HostAddress::new(found.cast());
+            let this = Self { base, len_bytes, whole: (base, len_bytes) };
+            // SAFETY: mapped just now, and accessed by nobody.
+            let result = unsafe { libc::munmap(found, len_bytes) };
+            if result == 0 && base.get() == at {
+                return Ok(this);
+            }
+            return Err(io::Error::other("addresses could not be reserved"));
+        }
     }
 
     /// The address at `offset`.
@@ -177,6 +224,14 @@ impl Reservation {
         assert!(offset + from.len() <= self.len_bytes, "a write beyond the window");
         // SAFETY: as for `read`, in the other direction.
         unsafe { std::ptr::copy(from.as_ptr(), self.address(offset).as_ptr(), from.len()) }
+    }
+
+    /// Copies from another range what it has at the same offset.
+    pub(super) fn copy_from(&self, other: &Self, offset: usize, len_bytes: usize) {
+        let end = offset + len_bytes;
+        assert!(end <= self.len_bytes && end <= other.len_bytes, "a copy beyond a window");
+        // SAFETY: as for `read`; two reservations never overlap.
+        unsafe { std::ptr::copy(other.address(offset).as_ptr(), self.address(offset).as_ptr(), len_bytes) }
     }
 
     /// An aligned word, for atomic access. None if it is not aligned or not inside.

@@ -23,6 +23,7 @@ mod mapping;
 mod pagemap;
 mod publish;
 mod resolvers;
+mod restore;
 mod userfault;
 
 use std::collections::BTreeMap;
@@ -41,7 +42,9 @@ use crate::arena_files::{ArenaDir, ArenaReader};
 use crate::frames::CutId;
 use crate::ipc::futex;
 use crate::space::{Host, HostError, PageSource, PageStates, Patch, SpaceError, Traps};
-use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, index, wide};
+use crate::words::{
+    Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, PageSet, index, wide,
+};
 
 /// Where files of the arena are found.
 pub trait FrameFiles: Send + Sync {
@@ -82,28 +85,44 @@ pub struct Window {
     pagemap: Pagemap,
     files: Arc<dyn FrameFiles>,
     cuts: Mutex<BTreeMap<CutId, Arc<CutFiles>>>,
+    /// Whose turn it is to write into the arena. All of a cut is written to one file, whose lock in the
+    /// kernel is unfair: a publisher that goes from leaf to leaf would keep out for milliseconds whoever
+    /// waits for just one.
+    turn: parking_lot::FairMutex<()>,
+    /// Block files mapped beside the window, to restore pages from.
+    images: Mutex<BTreeMap<CutId, Arc<Reservation>>>,
 }
 
 impl Window {
-    /// A window of untouched anonymous memory, with huge pages asked for if `is_huge`.
+    /// A window in which nothing is mapped yet, but whose addresses are settled. Its anonymous memory
+    /// will be of huge pages if `is_huge`.
     ///
     /// # Errors
     /// The host has no userfaultfd for kernel faults, no PAGEMAP_SCAN, or no room.
     pub fn new(shape: MemoryShape, is_huge: bool, files: Arc<dyn FrameFiles>) -> io::Result<Self> {
         guarded::install()?;
-        let window = Self {
-            memory: Reservation::new(shape.span_bytes())?,
+        Ok(Self {
+            memory: Reservation::of_addresses(shape.span_bytes())?,
             shape,
             is_huge,
             userfault: Userfault::open()?,
             pagemap: Pagemap::open_own()?,
             files,
             cuts: Mutex::new(BTreeMap::new()),
-        };
-        for (first, count) in shape.regions() {
-            window.memory.map_anonymous(window.span(first, count), is_huge)?;
+            turn: parking_lot::FairMutex::new(()),
+            images: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// Makes the window untouched anonymous memory: that of a VM that shares nothing.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn become_root(&self) -> io::Result<()> {
+        for (first, count) in self.shape.regions() {
+            self.memory.map_anonymous(self.span(first, count), self.is_huge)?;
         }
-        Ok(window)
+        Ok(())
     }
 
     /// Makes all of the window trap, over the file of `cut`: before a clone's first instruction.
@@ -282,6 +301,20 @@ impl Host for Window {
             return Ok(());
         }
         self.memory.discard(range).map_err(failed("discarding", first.leaf()))
+    }
+
+    fn trap(&self, leaf: LeafNumber) -> Result<(), HostError> {
+        self.trap_leaf(leaf).map_err(failed("trapping", leaf))
+    }
+
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError> {
+        self.restore_pages(leaf, pages, block, patches).map_err(failed("restoring pages", leaf))
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]) {

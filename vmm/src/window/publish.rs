@@ -82,6 +82,7 @@ impl Window {
         }
         let count = i32::try_from(vectors.len()).map_err(io::Error::other)?;
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        let _turn = self.turn.lock();
         // SAFETY: every vector covers whole pages of the window (lent, hence present, anonymous and
         // unchanging), of a copy, of the side mapping or of ZEROS, all alive until the call returns.
         let written = unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), count, offset) };

@@ -118,6 +118,7 @@ impl Userfault {
             Traps::Stores => MODE_WP,
             // MISSING alone lets through what the page cache has already: an older frame.
             Traps::Touches => MODE_MISSING | MODE_MINOR,
+            Traps::Misses => MODE_MISSING,
         };
         control(&self.0, REGISTER, &mut [range.start, range.end - range.start, mode, 0])
     }

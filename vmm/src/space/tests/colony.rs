@@ -14,7 +14,7 @@ use super::world::{Call, CutFile, Plant, World};
 use crate::board::{Board, BoardShape, HeapWords, LeafWord};
 use crate::family::{Family, FamilyError, VmId};
 use crate::frames::{CutId, Frames};
-use crate::space::{Access, Backing, Keep, Space, SpaceError};
+use crate::space::{Access, Backing, Keep, ResetFigures, Space, SpaceError};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, PageSet, index, wide};
 
 /// Leaves of each VM.
@@ -34,7 +34,16 @@ pub(super) struct Vm {
     /// Through which cuts a leaf may be lost to this VM.
     lost_by: Vec<BTreeSet<CutId>>,
     last_cut: Option<CutId>,
+    /// The cut that the VM is a clone of.
+    origin: Option<Origin>,
     pub(super) pins: BTreeMap<Gfn, u32>,
+}
+
+/// What a clone returns to.
+#[derive(Clone)]
+struct Origin {
+    memory: Vec<u64>,
+    lost_by: Vec<BTreeSet<CutId>>,
 }
 
 /// What the model says of a cut.
@@ -63,6 +72,7 @@ pub(super) struct Colony {
     next_value: u64,
     /// Pinned pages that cuts copied.
     copied_pages: u64,
+    resets: ResetFigures,
 }
 
 impl Colony {
@@ -83,6 +93,7 @@ impl Colony {
             memory: vec![0; LEAVES as usize * LEAF_PAGES],
             lost_by: vec![BTreeSet::new(); LEAVES as usize],
             last_cut: None,
+            origin: None,
             pins: BTreeMap::new(),
         };
         Self {
@@ -99,6 +110,7 @@ impl Colony {
             reserved: None,
             next_value: 1,
             copied_pages: 0,
+            resets: ResetFigures::default(),
         }
     }
 
@@ -323,7 +335,8 @@ impl Colony {
             return;
         };
         self.board.open_member(slot).expect("the heap has room");
-        let id = match self.family.clone_vm(cut, slot) {
+        let is_resettable = !slot.is_multiple_of(3);
+        let id = match self.family.clone_vm(cut, slot, is_resettable) {
             Ok(id) => id,
             Err(FamilyError::NoCut(_)) => return,
             Err(error) => panic!("a clone cannot be made: {error}"),
@@ -339,8 +352,42 @@ impl Colony {
             memory: snapshot.memory.clone(),
             lost_by: snapshot.lost_by.clone(),
             last_cut: None,
+            origin: is_resettable
+                .then(|| Origin { memory: snapshot.memory.clone(), lost_by: snapshot.lost_by.clone() }),
             pins: BTreeMap::new(),
         });
+    }
+
+    /// A VM returns to its cut, if it is a clone and nothing of it is pinned.
+    pub(super) fn reset(&mut self, at: usize) {
+        let id = self.vms[at].id;
+        if self.reserved == Some(id) {
+            // Resets and cuts of one VM exclude each other.
+            return;
+        }
+        let is_pinned = !self.vms[at].pins.is_empty();
+        let Some(origin) = self.vms[at].origin.clone() else {
+            assert!(matches!(self.family.reset_vm(id), Err(FamilyError::NoOrigin(_))), "{id} is no clone");
+            return;
+        };
+        let is_at_origin = self.family.is_at_origin(id).expect("it is a clone");
+        if !is_at_origin && !is_pinned {
+            self.family.reset_vm(id).expect("room for tables");
+        }
+        let space = self.vms[at].space.clone();
+        match self.retry(|| space.reset()) {
+            Ok(figures) => {
+                assert!(!is_pinned, "a vm was reset under a device");
+                self.resets.restored_pages += figures.restored_pages;
+                self.resets.dropped_leaves += figures.dropped_leaves;
+                let vm = &mut self.vms[at];
+                (vm.memory, vm.lost_by) = (origin.memory, origin.lost_by);
+                vm.last_cut = None;
+            }
+            Err(SpaceError::Pinned { .. }) => assert!(is_pinned, "a reset is refused without a pin"),
+            Err(error) => panic!("a reset fails: {error}"),
+        }
+        self.note_losses();
     }
 
     /// Cuts that were made, needed or not.
@@ -516,6 +563,8 @@ impl Colony {
             add("dropped", counters.leaves_dropped.load(Ordering::Relaxed));
         }
         add("pinned copies", self.copied_pages);
+        add("restored", self.resets.restored_pages);
+        add("returned", self.resets.dropped_leaves);
     }
 
     /// Loads every page of a VM through the traps.

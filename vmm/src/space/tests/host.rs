@@ -288,7 +288,7 @@ impl Host for SimHost {
         for leaf in (first.0..first.0 + count).map(LeafNumber) {
             self.with_leaf(leaf, |state| match traps {
                 Traps::Stores => state.traps_stores = true,
-                Traps::Touches => state.traps_touches = true,
+                Traps::Touches | Traps::Misses => state.traps_touches = true,
             });
         }
         Ok(())
@@ -412,6 +412,42 @@ impl Host for SimHost {
                 }
             }
         });
+        Ok(())
+    }
+
+    fn trap(&self, leaf: LeafNumber) -> Result<(), HostError> {
+        self.try_call(Call::MapAnonymous, "mapping anonymous memory", leaf)?;
+        self.replace(leaf, Mapping::Anonymous);
+        self.try_call(Call::Register, "registering", leaf)?;
+        self.with_leaf(leaf, |state| state.traps_touches = true);
+        Ok(())
+    }
+
+    fn restore(
+        &self,
+        leaf: LeafNumber,
+        pages: &PageSet,
+        block: Option<CutId>,
+        patches: &[Patch],
+    ) -> Result<(), HostError> {
+        self.try_call(Call::Restore, "restoring pages", leaf)?;
+        if self.world.plant == Plant::ResetForgets {
+            return Ok(());
+        }
+        for position in pages.iter() {
+            let patch = patches.iter().find(|patch| patch.position == position);
+            let value = match (patch, block) {
+                (Some(patch), _) => self.world.patch(patch.cut, patch.frame),
+                (None, Some(cut)) => self.world.block(cut, leaf)[position],
+                (None, None) => 0,
+            };
+            self.with_leaf(leaf, |state| {
+                assert!(!state.traps_touches, "{leaf}: restored and trapped");
+                let page = &mut state.pages[position];
+                assert!(page.own.is_some() && !page.mark, "{leaf}: restored and not exclusive");
+                (page.own, page.is_swapped) = (Some(value), false);
+            });
+        }
         Ok(())
     }
 

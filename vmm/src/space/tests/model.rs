@@ -31,6 +31,7 @@ enum Op {
     Sweep,
     CloneAgain { pick: usize },
     CheckAll { vm: usize },
+    Reset { vm: usize },
     Exit { vm: usize },
     Kill { pick: usize },
     Fail { call: Call, after: u32 },
@@ -58,6 +59,7 @@ fn calls() -> impl Strategy<Value = Call> {
         Call::Zero,
         Call::PublishBlock,
         Call::PublishPatches,
+        Call::Restore,
     ])
 }
 
@@ -82,13 +84,14 @@ fn simple(failures: Failures) -> impl Strategy<Value = Op> {
         1 => (vm(), page()).prop_map(|(vm, page)| Op::UnpinAny { vm, page }),
         6 => (vm(), 0..8usize).prop_map(|(vm, pick)| Op::DeviceStore { vm, pick }),
         2 => (vm(), page(), 1..12u64).prop_map(|(vm, page, pages)| Op::Discard { vm, page, pages }),
-        1 => (vm(), 0..LEAVES).prop_map(|(vm, leaf)| Op::DiscardLeaf { vm, leaf }),
+        2 => (vm(), 0..LEAVES).prop_map(|(vm, leaf)| Op::DiscardLeaf { vm, leaf }),
         3 => (vm(), page(), 1..8u64).prop_map(|(vm, page, pages)| Op::SwapOut { vm, page, pages }),
         8 => (0..16usize, keep()).prop_map(|(pick, keep)| Op::Publish { pick, keep }),
         3 => vm().prop_map(|vm| Op::Harvest { vm }),
         5 => Just(Op::Sweep),
         2 => (0..16usize).prop_map(|pick| Op::CloneAgain { pick }),
         1 => vm().prop_map(|vm| Op::CheckAll { vm }),
+        5 => vm().prop_map(|vm| Op::Reset { vm }),
         2 => vm().prop_map(|vm| Op::Exit { vm }),
         1 => (0..16usize).prop_map(|pick| Op::Kill { pick }),
         4 => (calls(), 0..4u32).prop_map(move |(call, after)| match failures {
@@ -157,6 +160,7 @@ fn apply(colony: &mut Colony, op: &Op) {
             }
         }
         Op::CheckAll { vm: at } => colony.check_all(vm(at)),
+        Op::Reset { vm: at } => colony.reset(vm(at)),
         Op::Exit { vm: at } => colony.exit(vm(at)),
         Op::Kill { pick } => colony.kill(pick),
         Op::Fail { call, after } => colony.world.arm(call, after),
@@ -219,8 +223,8 @@ fn a_refusing_host_harms_nobody_else() {
 #[test]
 fn the_operations_reach_all_of_it() {
     let mut done = BTreeMap::new();
-    let mut runner = runner(150);
-    for _ in 0..150 {
+    let mut runner = runner(250);
+    for _ in 0..250 {
         let operations =
             operations(Failures::None).new_tree(&mut runner).expect("nothing is filtered").current();
         let mut colony = Colony::new(Plant::None);
@@ -229,7 +233,17 @@ fn the_operations_reach_all_of_it() {
         }
         colony.count_done(&mut done);
     }
-    for what in ["resolved", "stores", "blocks", "patches", "reused", "dropped", "pinned copies"] {
+    for what in [
+        "resolved",
+        "stores",
+        "blocks",
+        "patches",
+        "reused",
+        "dropped",
+        "pinned copies",
+        "restored",
+        "returned",
+    ] {
         assert!(done.get(what).is_some_and(|count| *count > 5), "{what}: {done:?}");
     }
 }
@@ -245,6 +259,7 @@ fn planted_faults_are_found() {
         Plant::SweepFreesTooMuch,
         Plant::DiscardForgets,
         Plant::PatchAstray,
+        Plant::ResetForgets,
     ] {
         let config =
             Config { cases: 200, failure_persistence: None, max_shrink_iters: 0, ..Config::default() };

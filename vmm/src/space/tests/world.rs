@@ -29,6 +29,8 @@ pub(super) enum Plant {
     DiscardForgets,
     /// A patch goes to the page beside its own.
     PatchAstray,
+    /// A reset leaves the bytes of pages as they are.
+    ResetForgets,
 }
 
 /// The calls that can be made to fail.
@@ -45,6 +47,7 @@ pub(super) enum Call {
     Zero,
     PublishBlock,
     PublishPatches,
+    Restore,
 }
 
 /// One failure to come: the call of this kind after so many of them.

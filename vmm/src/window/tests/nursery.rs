@@ -236,11 +236,17 @@ impl Nursery {
         Window::new(self.shape, self.is_huge, files).expect("a window")
     }
 
+    fn root_window(&self) -> Window {
+        let window = self.window();
+        window.become_root().expect("memory");
+        window
+    }
+
     /// A VM that shares nothing.
     pub(super) fn first_vm(&mut self) -> Arc<Vm> {
         let slot = self.take_slot();
         let id = self.family.first_vm(slot);
-        let space = Space::new(self.window(), self.board.clone(), slot, self.shape);
+        let space = Space::new(self.root_window(), self.board.clone(), slot, self.shape);
         self.add(id, slot, space)
     }
 
@@ -291,7 +297,7 @@ impl Nursery {
     /// One more clone of a cut.
     pub(super) fn clone_of(&mut self, cut: CutId) -> Arc<Vm> {
         let slot = self.take_slot();
-        let id = self.family.clone_vm(cut, slot).expect("the cut is there");
+        let id = self.family.clone_vm(cut, slot, false).expect("the cut is there");
         let window = self.window();
         window.become_clone(cut).expect("a clone's window");
         let space = Space::new_clone(window, self.board.clone(), slot, self.shape, cut);

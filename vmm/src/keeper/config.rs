@@ -1,0 +1,78 @@
+//! What a colony is made of, and what its host has for it.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::arena_files::ArenaChoice;
+use crate::kvm::Irqchip;
+use crate::member::messages::{GuestKind, Publication};
+use crate::space::Keep;
+use crate::words::MemoryShape;
+
+/// What a colony is made of.
+#[derive(Clone, Debug)]
+pub struct ColonyConfig {
+    /// Memory of each VM.
+    pub memory: MemoryShape,
+    /// Whether huge pages are asked for.
+    pub is_huge: bool,
+    /// vCPUs of each VM.
+    pub vcpus: u8,
+    /// The interrupt controllers of each VM: all of them for images, which look for them.
+    pub irqchip: Irqchip,
+    /// What runs in the VMs.
+    pub guest: GuestKind,
+    /// When lent pages are published.
+    pub publication: Publication,
+    /// Whether clones keep what they began with, to return to it.
+    pub is_resettable: bool,
+    /// Members kept ready.
+    pub pool: usize,
+    /// Members at one time.
+    pub members: u32,
+    /// Where shared frames live.
+    pub arena: ArenaChoice,
+    /// Size of the DMA engine's backing, in bytes.
+    pub backing_bytes: u64,
+    /// The file that the DMA engine's backing begins with, read only.
+    pub backing_base: Option<Arc<File>>,
+    /// The salp binary, if it is not this process's.
+    pub program: Option<PathBuf>,
+}
+
+impl ColonyConfig {
+    /// A colony of KVM VMs with `memory` and the usual rest.
+    #[must_use]
+    pub fn new(memory: MemoryShape) -> Self {
+        Self {
+            memory,
+            is_huge: true,
+            vcpus: 1,
+            irqchip: Irqchip::Split,
+            guest: GuestKind::Kvm,
+            publication: Publication { in_background: true, keep: Keep::Own, keep_later: Keep::Shared },
+            is_resettable: true,
+            pool: 2,
+            members: 256,
+            arena: ArenaChoice::Best,
+            backing_bytes: 64 << 20,
+            backing_base: None,
+            program: None,
+        }
+    }
+}
+
+/// Seven tenths of what the host has free now: beyond that, arena pages would push guests out.
+pub(super) fn arena_budget_bytes(config: &ColonyConfig) -> u64 {
+    let available = available_memory_bytes().unwrap_or(4 << 30);
+    (available / 10 * 7).max(config.memory.ram_bytes()).max(64 << 20)
+}
+
+/// `MemAvailable` of the host.
+#[must_use]
+pub fn available_memory_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,93 @@
+//! A VM that stands still, and the cut of it that can be used again.
+//!
+//! As long as nothing of a paused VM can have changed since its last cut, another fork needs no new
+//! one: the keeper has the state, and the memory is the cut's. [`Still`] is what it keeps for that;
+//! the cut is held meanwhile. Any order that may change the VM ends it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::fork::Taken;
+use super::member_handle::MemberHandle;
+use super::steward::Job;
+use super::{Colony, ColonyError, Shared};
+use crate::family::VmId;
+use crate::member::messages::{Order, Reply};
+
+/// The last cut of a VM that stood still at it.
+pub(super) struct Still {
+    /// [`MemberHandle::changes`] just before the cut.
+    pub(super) changes: u64,
+    /// The cut.
+    pub(super) taken: Arc<Taken>,
+}
+
+impl Colony {
+    /// Stops a VM's vCPUs and lets its devices complete nothing, until [`Colony::resume`]. It can be
+    /// forked; its clones run.
+    ///
+    /// # Errors
+    /// There is no such VM, or it did not stop, or its process ended.
+    pub fn pause(&self, vm: VmId) -> Result<(), ColonyError> {
+        let member = self.member(vm)?;
+        let _changing = member.changing();
+        member.ask(Order::Quiesce, &[])?;
+        member.is_paused.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Lets a paused VM go on.
+    ///
+    /// # Errors
+    /// There is no such VM, or its process ended.
+    pub fn resume(&self, vm: VmId) -> Result<(), ColonyError> {
+        let member = self.member(vm)?;
+        member.is_paused.store(false, Ordering::SeqCst);
+        self.ask(vm, Order::Resume).map(|_| ())
+    }
+
+    /// Whether a VM is paused.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub fn is_paused(&self, vm: VmId) -> Result<bool, ColonyError> {
+        Ok(self.member(vm)?.is_paused.load(Ordering::SeqCst))
+    }
+
+    /// Asks a VM's member something.
+    ///
+    /// # Errors
+    /// There is no such VM, or it refused, or its process ended.
+    pub fn ask(&self, vm: VmId, order: Order) -> Result<Reply, ColonyError> {
+        let member = self.member(vm)?;
+        if order.may_change_vm() {
+            self.shared.forget_still(&member);
+        }
+        member.ask(order, &[])
+    }
+}
+
+impl Shared {
+    /// The last cut of a VM, if nothing can have changed since.
+    pub(super) fn still_cut(&self, member: &MemberHandle, still: &mut Option<Still>) -> Option<Arc<Taken>> {
+        match still {
+            Some(known) if known.changes == member.changes() => Some(Arc::clone(&known.taken)),
+            _ => {
+                self.let_go_of_still(still);
+                None
+            }
+        }
+    }
+
+    /// The VM may change: its last cut need not be held for further clones.
+    pub(super) fn forget_still(&self, member: &MemberHandle) {
+        self.let_go_of_still(&mut member.changing());
+    }
+
+    pub(super) fn let_go_of_still(&self, still: &mut Option<Still>) {
+        if let Some(known) = still.take() {
+            self.lock().family.let_go_of_cut(known.taken.cut);
+            self.post(Job::Sweep);
+        }
+    }
+}
