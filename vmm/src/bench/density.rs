@@ -38,7 +38,9 @@ impl Bench<'_> {
         for counts in self.runs(RUNS) {
             self.check_interrupt()?;
             let value = self.next_value();
-            let source = self.source_with(cell, Publishing::InBackground, Keep::Own, 0)?;
+            // As VMs are that are forked again and again: a source that keeps its own copies would be
+            // published as a whole once more, for the clones' account.
+            let source = self.source_with(cell, Publishing::InBackground, Keep::Shared, 0)?;
             let (levels, mappings) = density_of_salp(&source, run, value, count, order)?;
             drop(source);
             self.add_density(counts, SALP, &params, count, &levels, &mappings);

@@ -226,7 +226,7 @@ impl Shared {
             self.lock().family.let_go_of_cut(cut);
         }
         self.post(Job::Sweep);
-        self.post(Job::FillPool);
+        self.fill_pool_later();
         Ok(Forked {
             cut,
             source,
@@ -237,6 +237,14 @@ impl Shared {
             times: taken.reply.times,
             figures: taken.reply.figures,
         })
+    }
+
+    /// To make a member takes a processor for milliseconds. While a source publishes, its clones need
+    /// that for their first steps; the pool is filled when it has done so, unless it is empty.
+    fn fill_pool_later(&self) {
+        if !self.config.publication.in_background || self.lock().pool.is_empty() {
+            self.post(Job::FillPool);
+        }
     }
 
     /// Takes a cut, which is held then.

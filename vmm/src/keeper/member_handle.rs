@@ -345,6 +345,7 @@ impl MemberHandle {
             Event::CutsFinished(cuts) => {
                 state.finished_cuts.extend(cuts);
                 post(Job::Sweep);
+                post(Job::FillPool);
             }
             Event::Quiet => post(Job::Look { vm: self.vm() }),
             Event::Ended { how, status, text } => {

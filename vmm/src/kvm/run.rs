@@ -158,6 +158,8 @@ impl Running {
                     return Ok(());
                 }
                 self.open_call = None;
+                // It goes on there, and not in the guest.
+                context.times.entering();
                 self.make_call(context, open.number, Some(open.registers))?;
                 context.machine.entering();
                 continue;

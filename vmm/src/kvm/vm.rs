@@ -12,9 +12,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_msi, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KVM_X86_DISABLE_EXITS_HLT, kvm_clock_data, kvm_enable_cap,
+    kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -215,12 +215,33 @@ impl Vm {
                 .map_err(KvmError::ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
         let vm = Self { fd, irqchip: config.irqchip };
+        if !kvm.description().kind.is_hardware() {
+            vm.refuse_asynchronous_faults()?;
+        }
         vm.create_irqchip()?;
         let mut vcpus = Vec::with_capacity(config.vcpus.into());
         for index in 0..config.vcpus {
             vcpus.push(vm.create_vcpu(kvm, index, config.vcpus)?);
         }
         Ok((vm, vcpus))
+    }
+
+    /// Has vCPUs wait for a page themselves. KVM would have a worker wait, which asks for a *writable*
+    /// page whatever the guest wanted: a first read of a leaf that traps then makes a private copy of
+    /// that page, and the leaf is mapped by small pages from then on, each a fault of 30 us here.
+    ///
+    /// KVM leaves that to vCPUs that may halt without it; to say so has no other effect where it
+    /// emulates the guest's `HLT` anyway. (With hardware virtualization an idle guest would keep a
+    /// processor.) Best effort: without it guests are right, and slower.
+    fn refuse_asynchronous_faults(&self) -> Result<(), KvmError> {
+        let halts = u64::from(KVM_X86_DISABLE_EXITS_HLT);
+        let known = self.fd.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
+        if u64::try_from(known).unwrap_or(0) & halts == 0 {
+            return Ok(());
+        }
+        let capability =
+            kvm_enable_cap { cap: KVM_CAP_X86_DISABLE_EXITS, args: [halts, 0, 0, 0], ..Default::default() };
+        self.fd.enable_cap(&capability).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))
     }
 
     fn create_irqchip(&self) -> Result<(), KvmError> {
