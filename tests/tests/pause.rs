@@ -1,9 +1,12 @@
-//! A VM that stands still: paused, forked without another cut, and let go on.
+//! VMs that are forked again and again: while they stand still, without another cut; and while they go
+//! on, without publishing again what has been published.
 
-use salp::member::messages::{GuestKind, Order};
+use salp::keeper::member_handle::MemberState;
+use salp::member::messages::{GuestKind, Order, Publication};
 use salp::space::Keep;
+use salp::words::Gfn;
 use salp_tests::row::{EMPTY, FULL, NEW, OLD, OTHER, write_memory};
-use salp_tests::world::{Setup, World};
+use salp_tests::world::{LIMIT, Setup, World};
 
 // KVM alone: a thread guest is not stopped by anything, so that it never stands still.
 
@@ -87,5 +90,36 @@ fn a_paused_vm_ends_with_its_cut() {
     gone.wait_end();
     world.colony.settle();
     world.expect(other, FULL.gfn(3).gpa(), OLD);
+    world.finish();
+}
+
+/// From its second cut on a source shares: each further fork costs the arena what was written since.
+#[test]
+fn a_vm_that_is_forked_again_and_again_is_not_published_again() {
+    const MIB: u64 = 1 << 20;
+    const WRITTEN_PAGES: u64 = 12 * 512;
+    let test = "a_vm_that_is_forked_again_and_again_is_not_published_again";
+    let publication = Publication { in_background: true, keep: Keep::Own, keep_later: Keep::Shared };
+    let setup = Setup { memory_mib: 32, publication, ..Setup::default() };
+    let Some(world) = World::alone(test, GuestKind::Kvm, &setup) else { return };
+    let root = world.root();
+    let first = Gfn(1024);
+    world.store_pages(root, first, WRITTEN_PAGES, OLD);
+    let mut used = Vec::new();
+    for round in 0..5 {
+        world.store(root, first.gpa(), NEW + round);
+        let forked = world.fork_many(root, 1);
+        let is_finished = |state: &mut MemberState| state.finished_cuts.contains(&forked.cut).then_some(());
+        world.member(root).wait_for(LIMIT, is_finished).expect("it publishes all");
+        used.push(world.usage().1);
+        let clone = forked.clones[0].vm;
+        world.expect(clone, first.gpa(), NEW + round);
+        world.expect(clone, Gfn(first.0 + WRITTEN_PAGES - 1).gpa(), OLD);
+    }
+    // The second cut is the one that takes the source's own copies into the arena.
+    for pair in used[1..].windows(2) {
+        // Patches, and the leaves that the built-in guest writes for itself.
+        assert!(pair[1] - pair[0] <= 8 * MIB, "bytes in the arena after each fork: {used:?}");
+    }
     world.finish();
 }
