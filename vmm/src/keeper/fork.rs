@@ -13,7 +13,7 @@ use super::{Colony, ColonyError, Shared, borrow};
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::member::messages::{CutReply, CutTimes, Description, Order, Reply};
+use crate::member::messages::{CutReply, CutTimes, Description, EncodedSnapshot, Order, Reply};
 use crate::space::CutFigures;
 
 /// A clone, and when the order to run it was given.
@@ -203,10 +203,9 @@ impl Shared {
         // Until the cut is committed: the base of the next one is the table that this one leaves.
         let mut still = member.changing();
         let members = self.take_members(count)?;
-        let known = self.still_cut(&member, &mut still);
-        let taken = match known {
-            Some(known) => known.again(monotonic_ns()),
-            None => match self.take_new_cut(&member, asked_by) {
+        let (taken, moments) = match self.still_cut(&member, &mut still) {
+            Some(taken) => (taken, Moments::of_nothing(monotonic_ns())),
+            None => match self.take_new_cut(&member, asked_by, &mut still) {
                 Ok(taken) => taken,
                 Err(error) => {
                     members.into_iter().for_each(|member| self.give_back(member));
@@ -214,28 +213,23 @@ impl Shared {
                 }
             },
         };
-        let cut = taken.cut;
-        let taken = Arc::new(taken);
-        let is_held_on = taken.reply.is_still;
-        if is_held_on && still.is_none() {
-            *still = Some(Still { changes: member.changes(), taken: Arc::clone(&taken) });
-        }
+        let is_held_on = still.is_some();
         drop(still);
         let clones = self.start_clones(source, &taken, members);
         if !is_held_on {
-            self.lock().family.let_go_of_cut(cut);
+            self.lock().family.let_go_of_cut(taken.cut);
         }
         self.post(Job::Sweep);
         self.fill_pool_later();
         Ok(Forked {
-            cut,
+            cut: taken.cut,
             source,
             clones: clones?,
             asked_at,
-            reserved_at: taken.reserved_at,
-            cut_at: taken.cut_at,
-            times: taken.reply.times,
-            figures: taken.reply.figures,
+            reserved_at: moments.reserved_at,
+            cut_at: moments.cut_at,
+            times: moments.times,
+            figures: moments.figures,
         })
     }
 
@@ -247,15 +241,21 @@ impl Shared {
         }
     }
 
-    /// Takes a cut, which is held then.
-    fn take_new_cut(&self, member: &MemberHandle, asked_by: Option<usize>) -> Result<Taken, ColonyError> {
+    /// Takes a cut, which is held then: for this fork, or for as long as the source stands still.
+    fn take_new_cut(
+        &self,
+        member: &MemberHandle,
+        asked_by: Option<usize>,
+        still: &mut Option<Still>,
+    ) -> Result<(Arc<Taken>, Moments), ColonyError> {
         let source = member.vm();
+        let changes = member.changes();
         let (cut, previous) = {
             let mut inner = self.lock();
             let cut = inner.family.reserve_cut(source)?;
             (cut, inner.last_cut.get(&source).copied())
         };
-        let taken = match self.take_cut(member, cut, previous, asked_by) {
+        let (taken, is_still, moments) = match self.take_cut(member, cut, previous, asked_by) {
             Ok(taken) => taken,
             Err(error) => {
                 // The files, if any, go with the next sweep.
@@ -273,7 +273,10 @@ impl Shared {
         if inner.vms.contains_key(&source) {
             inner.last_cut.insert(source, cut);
         }
-        Ok(taken)
+        drop(inner);
+        let taken = Arc::new(taken);
+        *still = is_still.then(|| Still { changes, taken: Arc::clone(&taken) });
+        Ok((taken, moments))
     }
 
     /// Members for `count` clones, before anything else is done: all or none.
@@ -297,21 +300,19 @@ impl Shared {
         cut: CutId,
         previous: Option<CutId>,
         asked_by: Option<usize>,
-    ) -> Result<Taken, ColonyError> {
+    ) -> Result<(Taken, bool, Moments), ColonyError> {
         let files = self.make_cut_files(cut)?;
         let reserved_at = monotonic_ns();
         let order = Order::Cut { cut, previous, asked_by };
         let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
         self.lock().files.insert(cut, files);
         match answer {
-            Ok((Reply::Cut(reply), extents)) => Ok(Taken {
-                cut,
-                reply: *reply,
-                extents: Arc::new(extents),
-                reserved_at,
-                cut_at: monotonic_ns(),
-            }),
-            other => Err(other.err().unwrap_or_else(|| unexpected(member.vm()))),
+            Ok((Reply::Cut(reply), extents)) => {
+                let CutReply { snapshot, is_still, figures, times } = *reply;
+                let moments = Moments { reserved_at, cut_at: monotonic_ns(), times, figures };
+                Ok((Taken { cut, snapshot, extents }, is_still, moments))
+            }
+            other => Err(other.err().unwrap_or_else(|| ColonyError::unexpected(member.vm()))),
         }
     }
 
@@ -378,7 +379,7 @@ impl Shared {
             family.clone_vm(taken.cut, slot, is_resettable)
         })?;
         let tables_ns = monotonic_ns() - begun;
-        let order = Order::Become { vm, cut: taken.cut, snapshot: taken.reply.snapshot.clone() };
+        let order = Order::Become { vm, cut: taken.cut, snapshot: taken.snapshot.clone() };
         // The base of the DMA engine's backing first, as at the boot.
         let base = self.config.backing_base.iter().map(|file| file.as_fd());
         let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
@@ -400,30 +401,31 @@ impl Begun<'_> {
             Reply::Running { at, window_ns } => {
                 Ok(Cloned { vm, running_at: at, memory_ns: self.tables_ns + window_ns })
             }
-            _ => Err(unexpected(vm)),
+            _ => Err(ColonyError::unexpected(vm)),
         }
     }
 }
 
-fn unexpected(vm: VmId) -> ColonyError {
-    ColonyError::Refused { vm, reason: "it answered something else".to_owned() }
-}
-
 /// A cut that was performed.
-#[derive(Clone)]
 pub(super) struct Taken {
     pub(super) cut: CutId,
-    reply: CutReply,
+    snapshot: EncodedSnapshot,
     /// The files of the DMA engine's backing, which clones read.
-    extents: Arc<Vec<OwnedFd>>,
+    extents: Vec<OwnedFd>,
+}
+
+/// What taking the cut of a fork took.
+struct Moments {
     reserved_at: u64,
     /// The source had answered.
     cut_at: u64,
+    times: CutTimes,
+    figures: CutFigures,
 }
 
-impl Taken {
-    /// The same cut for another fork, which takes no time for it.
-    fn again(&self, now: u64) -> Self {
+impl Moments {
+    /// Of a fork that uses a cut again.
+    fn of_nothing(now: u64) -> Self {
         let times = CutTimes {
             begun: now,
             reserved: now,
@@ -433,8 +435,6 @@ impl Taken {
             protected: now,
             resumed: now,
         };
-        let figures = CutFigures::default();
-        let reply = CutReply { times, figures, ..self.reply.clone() };
-        Self { cut: self.cut, reply, extents: Arc::clone(&self.extents), reserved_at: now, cut_at: now }
+        Self { reserved_at: now, cut_at: now, times, figures: CutFigures::default() }
     }
 }

@@ -177,9 +177,7 @@ impl MemberHandle {
     /// # Errors
     /// The member has ended.
     pub fn begin(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Asked<'_>, ColonyError> {
-        if order.may_change_vm() {
-            self.changes.fetch_add(1, Ordering::SeqCst);
-        }
+        let may_change_vm = order.may_change_vm();
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = sync_channel(1);
         self.waiting().insert(number, sender);
@@ -188,6 +186,10 @@ impl MemberHandle {
             true => self.channel.send(&Request { number, order }, descriptors).is_ok(),
             false => false,
         };
+        // After the sending: an order that reaches the VM after a cut is not in the count read before it.
+        if may_change_vm {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+        }
         if !sent {
             self.waiting().remove(&number);
             return Err(ColonyError::Died(self.vm()));

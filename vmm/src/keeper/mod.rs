@@ -111,6 +111,13 @@ pub enum ColonyError {
     Tables(#[from] FamilyFault),
 }
 
+impl ColonyError {
+    /// A member's answer is not one to its order.
+    fn unexpected(vm: VmId) -> Self {
+        Self::Refused { vm, reason: "it answered something else".to_owned() }
+    }
+}
+
 /// What the keeper knows, under one lock.
 struct Inner {
     family: Family,

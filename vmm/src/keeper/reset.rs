@@ -31,7 +31,7 @@ impl Shared {
         }
         match member.ask(Order::Reset, &[])? {
             Reply::Reset(reply) => Ok(reply),
-            _ => Err(ColonyError::Refused { vm, reason: "it answered something else".to_owned() }),
+            _ => Err(ColonyError::unexpected(vm)),
         }
     }
 
