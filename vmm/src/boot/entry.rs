@@ -9,6 +9,7 @@ use salp_protocol::layout;
 use serde::{Deserialize, Serialize};
 
 use super::paging::TABLES;
+use super::segment;
 
 pub(super) const GDT: u64 = 0x1000;
 pub(super) const IDT: u64 = 0x2000;
@@ -73,34 +74,11 @@ impl EntryState {
     /// `KVM_SET_MP_STATE`.
     #[must_use]
     pub fn special_registers(&self, vcpu: u8, base: kvm_sregs) -> kvm_sregs {
-        let data = kvm_segment {
-            limit: u32::MAX,
-            selector: USER_DATA,
-            type_: 3,
-            present: 1,
-            dpl: 3,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..Default::default()
-        };
-        let code = kvm_segment { selector: USER_CODE, type_: 11, db: 0, l: 1, ..data };
-        let task = kvm_segment {
-            base: task_address(vcpu),
-            limit: task_limit(),
-            selector: FIRST_TASK + u16::from(vcpu) * 16,
-            type_: 11,
-            present: 1,
-            ..Default::default()
-        };
+        let data = kvm_segment { dpl: 3, ..segment::flat_data(USER_DATA) };
+        let code = segment::long_code_beside(data, USER_CODE);
+        let selector = FIRST_TASK + u16::from(vcpu) * 16;
+        let task = segment::task(selector, task_address(vcpu), task_limit());
         kvm_sregs {
-            cs: code,
-            ds: data,
-            es: data,
-            fs: data,
-            gs: data,
-            ss: data,
-            tr: task,
             gdt: kvm_dtable { base: GDT, limit: gdt_limit(), ..Default::default() },
             idt: kvm_dtable { base: IDT, limit: 256 * 16 - 1, ..Default::default() },
             cr0: CR0,
@@ -108,7 +86,7 @@ impl EntryState {
             cr3: TABLES,
             cr4: CR4,
             efer: EFER,
-            ..base
+            ..segment::with_segments(base, code, data, task)
         }
     }
 }

@@ -21,7 +21,7 @@
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_sregs};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use salp_protocol::layout;
@@ -29,8 +29,8 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::mptable::{MP_TABLE, mp_table};
-use super::pvh;
 use super::shape::{Format, Shape, ShapeError};
+use super::{pvh, segment};
 use crate::words::wide;
 
 /// The longest command line, in bytes without its NUL: what x86 Linux keeps (`COMMAND_LINE_SIZE`).
@@ -309,27 +309,9 @@ impl ImageEntry {
         if self.protocol == Protocol::Pvh {
             return pvh::special_registers(base);
         }
-        let data = kvm_segment {
-            limit: u32::MAX,
-            selector: DATA,
-            type_: 3,
-            present: 1,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..kvm_segment::default()
-        };
-        let code = kvm_segment { selector: CODE, type_: 11, db: 0, l: 1, ..data };
-        let task =
-            kvm_segment { limit: 0x67, selector: TASK, type_: 11, present: 1, ..kvm_segment::default() };
+        let data = segment::flat_data(DATA);
+        let (code, task) = (segment::long_code_beside(data, CODE), segment::task(TASK, 0, 0x67));
         kvm_sregs {
-            cs: code,
-            ds: data,
-            es: data,
-            fs: data,
-            gs: data,
-            ss: data,
-            tr: task,
             gdt: kvm_dtable { base: GDT, limit: 6 * 8 - 1, ..kvm_dtable::default() },
             // Any exception before the image has a table of its own is a triple fault.
             idt: kvm_dtable::default(),
@@ -337,7 +319,7 @@ impl ImageEntry {
             cr3: TABLES,
             cr4: 0x620,  // PAE, OSFXSR, OSXMMEXCPT
             efer: 0x500, // LME, LMA
-            ..base
+            ..segment::with_segments(base, code, data, task)
         }
     }
 }

@@ -26,6 +26,7 @@ mod image;
 mod mptable;
 mod paging;
 mod pvh;
+mod segment;
 mod shape;
 
 pub use builtin::{MAX_RAM_BYTES, MIN_RAM_BYTES, load_builtin};

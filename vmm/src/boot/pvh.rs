@@ -10,11 +10,12 @@
 //!
 //! Known hole: there is no ACPI, so its pointer is 0; processors are told by the MP table alone.
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_sregs};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::image::{COMMAND_LINE, GDT, ImageError, Range};
+use super::segment;
 
 const START_INFO: u64 = 0x6000;
 const MODULES: u64 = 0x6040;
@@ -73,33 +74,16 @@ pub(super) fn registers(entry: u64) -> kvm_regs {
 }
 
 pub(super) fn special_registers(base: kvm_sregs) -> kvm_sregs {
-    let data = kvm_segment {
-        limit: u32::MAX,
-        selector: DATA,
-        type_: 3,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..kvm_segment::default()
-    };
-    let code = kvm_segment { selector: CODE, type_: 11, ..data };
-    let task = kvm_segment { limit: 0x67, selector: TASK, type_: 11, present: 1, ..kvm_segment::default() };
+    let data = segment::flat_data(DATA);
+    let (code, task) = (segment::code_beside(data, CODE), segment::task(TASK, 0, 0x67));
     kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        ss: data,
-        tr: task,
         gdt: kvm_dtable { base: GDT, limit: 4 * 8 - 1, ..kvm_dtable::default() },
         idt: kvm_dtable::default(),
         cr0: 0x11, // ET, PE
         cr3: 0,
         cr4: 0,
         efer: 0,
-        ..base
+        ..segment::with_segments(base, code, data, task)
     }
 }
 
