@@ -143,7 +143,7 @@ impl<H: Host> Space<H> {
         for (first, count) in self.runs(unregistered) {
             self.host.register(first, count, Traps::Stores)?;
             for leaf in (first.0..first.0 + count).map(LeafNumber) {
-                self.leaves[leaf.index()].registered.store(1, Ordering::Release);
+                self.set_registered(leaf, true);
             }
         }
         Ok(())
@@ -168,7 +168,7 @@ impl<H: Host> Space<H> {
         if let Some(lent) = recorded.get(&leaf) {
             return Ok(*lent);
         }
-        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
+        let states = self.scan_leaf(leaf)?;
         let lent = states.anonymous.minus(&states.written);
         recorded.insert(leaf, lent);
         Ok(lent)
@@ -193,7 +193,7 @@ impl<H: Host> Space<H> {
     fn register_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
         if !self.is_registered(leaf) {
             self.host.register(leaf, 1, Traps::Stores)?;
-            self.leaves[leaf.index()].registered.store(1, Ordering::Release);
+            self.set_registered(leaf, true);
         }
         Ok(())
     }
@@ -203,12 +203,11 @@ impl<H: Host> Space<H> {
     /// what changes is found by the scan that comes after the protection.
     fn protect_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
         loop {
-            let before = self.anonymous_now(leaf)?;
+            let before = self.scan_leaf(leaf)?.anonymous;
             self.host.protect(leaf, 1)?;
             // A store between the scan and the protection made one more page exclusive: it is
             // present, markers are not.
-            let after = self.host.scan(leaf, 1)?;
-            let present = after.first().map_or(PageSet::EMPTY, |(_, states)| states.present);
+            let present = self.scan_leaf(leaf)?.present;
             if present.minus(&before).is_empty() {
                 self.block_sets().insert(leaf, before);
                 self.set_protected(leaf, PROTECTED);
@@ -216,10 +215,6 @@ impl<H: Host> Space<H> {
             }
             self.host.unprotect(leaf)?;
         }
-    }
-
-    fn anonymous_now(&self, leaf: LeafNumber) -> Result<PageSet, SpaceError> {
-        Ok(self.host.scan(leaf, 1)?.first().map_or(PageSet::EMPTY, |(_, states)| states.anonymous))
     }
 
     /// Maximal runs of RAM leaves for which `is` holds.

@@ -3,7 +3,6 @@
 use super::{Backing, Host, Space, SpaceError, Traps};
 use crate::board::LeafMap;
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
-use std::sync::atomic::Ordering;
 
 impl<H: Host> Space<H> {
     /// Makes `pages` pages from `first` zero. What others need of them is published first.
@@ -44,12 +43,12 @@ impl<H: Host> Space<H> {
             if is_whole {
                 self.host.map_anonymous(leaf)?;
                 self.set_departed(leaf, true);
-                self.leaves[leaf.index()].registered.store(0, Ordering::Release);
+                self.set_registered(leaf, false);
                 self.set_backing(leaf, Backing::Anonymous);
                 self.board.member(self.slot).set_map(leaf, LeafMap::Own);
                 if self.is_cut_reserved() {
                     self.host.register(leaf, 1, Traps::Stores)?;
-                    self.leaves[leaf.index()].registered.store(1, Ordering::Release);
+                    self.set_registered(leaf, true);
                 }
                 self.host.wake(leaf)?;
             } else {

@@ -111,7 +111,7 @@ impl<H: Host> Space<H> {
         self.counters.leaves_resolved.fetch_add(1, Ordering::Relaxed);
         if self.is_cut_reserved() {
             self.host.register(leaf, 1, super::Traps::Stores)?;
-            self.leaves[leaf.index()].registered.store(1, Ordering::Release);
+            self.set_registered(leaf, true);
         }
         Ok(())
     }

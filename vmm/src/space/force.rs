@@ -202,7 +202,7 @@ impl<H: Host> Space<H> {
             self.host.unprotect(leaf)?;
         } else {
             self.host.unregister(leaf)?;
-            self.leaves[leaf.index()].registered.store(0, Ordering::Release);
+            self.set_registered(leaf, false);
         }
         self.set_protected(leaf, OPEN);
         Ok(())
@@ -237,7 +237,7 @@ impl<H: Host> Space<H> {
         if self.pin_table().pins_in(leaf) > 0 {
             return Ok(false);
         }
-        let states = self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default();
+        let states = self.scan_leaf(leaf)?;
         Ok(match self.backing(leaf) {
             // A page of a block that is not the VM's own yet has a marker, and traps like the others.
             // (Markers scan as pages that are not in memory.)
@@ -269,7 +269,7 @@ impl<H: Host> Space<H> {
         // After the remapping: what was mapped until now stays named, and the new block is named by
         // this VM's table, from which nothing is taken that the VM does not say to have.
         self.board.member(self.slot).set_map(leaf, LeafMap::Block(block));
-        self.leaves[leaf.index()].registered.store(0, Ordering::Release);
+        self.set_registered(leaf, false);
         self.set_protected(leaf, OPEN);
         self.host.wake(leaf)?;
         self.counters.leaves_dropped.fetch_add(1, Ordering::Relaxed);

@@ -276,6 +276,15 @@ impl<H: Host> Space<H> {
         self.leaves[leaf.index()].departed.store(u32::from(has_departed), Ordering::Release);
     }
 
+    fn set_registered(&self, leaf: LeafNumber, is_registered: bool) {
+        self.leaves[leaf.index()].registered.store(u32::from(is_registered), Ordering::Release);
+    }
+
+    /// The states of one leaf's pages.
+    fn scan_leaf(&self, leaf: LeafNumber) -> Result<PageStates, SpaceError> {
+        Ok(self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default())
+    }
+
     fn is_registered(&self, leaf: LeafNumber) -> bool {
         self.leaves[leaf.index()].registered.load(Ordering::Acquire) != 0
     }

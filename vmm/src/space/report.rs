@@ -91,9 +91,7 @@ impl<H: Host> Space<H> {
         let backing = self.backing(leaf);
         let pending = self.pending_cuts(leaf);
         let anonymous = match backing {
-            Backing::Anonymous | Backing::Block(_) => {
-                self.host.scan(leaf, 1)?.first().map(|(_, states)| *states).unwrap_or_default()
-            }
+            Backing::Anonymous | Backing::Block(_) => self.scan_leaf(leaf)?,
             Backing::Trapped | Backing::Lost => super::PageStates::default(),
         };
         // Under a protection the markers of a block look like pages: what was there before is known.

@@ -99,7 +99,7 @@ impl<H: Host> Space<H> {
             self.host.trap(leaf)?;
             self.set_backing(leaf, Backing::Trapped);
             self.board.member(self.slot).set_map(leaf, LeafMap::Unknown);
-            self.leaves[leaf.index()].registered.store(0, std::sync::atomic::Ordering::Release);
+            self.set_registered(leaf, false);
             self.set_protected(leaf, OPEN);
         }
         figures.dropped_leaves += 1;

@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "pwritev of guest memory, which has no Rust reference")]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use super::mapping::Reservation;
@@ -124,29 +126,38 @@ impl Window {
     ) -> io::Result<()> {
         let place = self.leaf_span(leaf);
         if patches.is_empty() {
-            return match block {
-                Some(cut) => {
-                    let file = self.files.open(&cut.block_file())?;
-                    self.memory.map_file(place, file.as_fd(), leaf.gpa().0)
-                }
-                None => self.memory.map_anonymous(place, self.is_huge),
-            };
+            return self.map_base(&self.memory, place, leaf, block);
         }
         let aside = Reservation::new(wide(LEAF_BYTES))?;
+        self.map_base(&aside, 0..wide(LEAF_BYTES), leaf, block)?;
+        for patch in patches {
+            aside.write(patch.position * PAGE_BYTES, &self.read_patch(patch)?);
+        }
+        self.memory.move_in(place, aside)
+    }
+
+    /// Maps what lies under the patches of a leaf: a block, or fresh anonymous memory.
+    fn map_base(
+        &self,
+        memory: &Reservation,
+        place: Range<u64>,
+        leaf: LeafNumber,
+        block: Option<CutId>,
+    ) -> io::Result<()> {
         match block {
             Some(cut) => {
                 let file = self.files.open(&cut.block_file())?;
-                aside.map_file(0..wide(LEAF_BYTES), file.as_fd(), leaf.gpa().0)?;
+                memory.map_file(place, file.as_fd(), leaf.gpa().0)
             }
-            None => aside.map_anonymous(0..wide(LEAF_BYTES), self.is_huge)?,
+            None => memory.map_anonymous(place, self.is_huge),
         }
+    }
+
+    /// The bytes of a patch frame.
+    pub(super) fn read_patch(&self, patch: &Patch) -> io::Result<[u8; PAGE_BYTES]> {
+        let file = std::fs::File::from(self.files.open(&patch.cut.patch_file())?);
         let mut frame = [0; PAGE_BYTES];
-        for patch in patches {
-            let file = std::fs::File::from(self.files.open(&patch.cut.patch_file())?);
-            let offset = u64::from(patch.frame) * wide(PAGE_BYTES);
-            std::os::unix::fs::FileExt::read_exact_at(&file, &mut frame, offset)?;
-            aside.write(patch.position * PAGE_BYTES, &frame);
-        }
-        self.memory.move_in(place, aside)
+        file.read_exact_at(&mut frame, u64::from(patch.frame) * wide(PAGE_BYTES))?;
+        Ok(frame)
     }
 }

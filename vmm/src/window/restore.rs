@@ -6,14 +6,13 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, PoisonError};
 
 use super::Window;
 use super::mapping::Reservation;
 use crate::frames::CutId;
 use crate::space::{Patch, Traps};
-use crate::words::{LeafNumber, PAGE_BYTES, PageSet, index, wide};
+use crate::words::{LeafNumber, PAGE_BYTES, PageSet, index};
 
 impl Window {
     /// Maps fresh anonymous memory at a leaf and registers it for first accesses. (The file that the
@@ -40,11 +39,8 @@ impl Window {
                 None => self.memory.write(offset, &[0; PAGE_BYTES]),
             }
         }
-        let mut frame = [0; PAGE_BYTES];
         for patch in patches.iter().filter(|patch| pages.contains(patch.position)) {
-            let file = std::fs::File::from(self.files.open(&patch.cut.patch_file())?);
-            file.read_exact_at(&mut frame, u64::from(patch.frame) * wide(PAGE_BYTES))?;
-            self.memory.write(index(leaf.gfn(patch.position).gpa().0), &frame);
+            self.memory.write(index(leaf.gfn(patch.position).gpa().0), &self.read_patch(patch)?);
         }
         Ok(())
     }
