@@ -55,8 +55,6 @@ pub struct Member {
     pub(super) cuts: u64,
     /// The cut just taken, whose end of the pause is to be reported.
     pub(super) just_cut: Option<CutId>,
-    /// What it took to map the window of a clone, in nanoseconds.
-    window_ns: u64,
     /// What the VM began with, if it is a clone.
     pub(super) origin: Option<Arc<Snapshot>>,
     /// Its tables say what they did then: it has not been cut since.
@@ -105,7 +103,6 @@ impl Member {
             held: None,
             cuts: 0,
             just_cut: None,
-            window_ns: 0,
             origin: None,
             is_at_origin: false,
             prepared: None,
@@ -249,7 +246,8 @@ impl Member {
                 &start::load_builtin_guest(&space, self.setup.vcpus, command_line)?,
             )?,
         }
-        self.go()
+        let at = self.go()?;
+        Ok((Reply::Running { at, window_ns: 0 }, Vec::new()))
     }
 
     fn become_clone(
@@ -263,7 +261,7 @@ impl Member {
         let begun = monotonic_ns();
         memory.space.host().become_clone(cut).map_err(MemberError::Window)?;
         memory.space.begin_as_clone(cut);
-        self.window_ns = monotonic_ns() - begun;
+        let window_ns = monotonic_ns() - begun;
         let Some(bases) = descriptors.len().checked_sub(snapshot.extents.len()) else {
             return Err(MemberError::Protocol("a snapshot comes with its extent files"));
         };
@@ -276,6 +274,16 @@ impl Member {
         let bus = self.bus(&memory.space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, memory, (backing, extents), bus, true)?;
+        self.set_state(&snapshot)?;
+        let at = self.go()?;
+        self.begin_as_clone(&snapshot)?;
+        self.origin = Some(Arc::new(snapshot));
+        self.is_at_origin = true;
+        Ok((Reply::Running { at, window_ns }, Vec::new()))
+    }
+
+    /// Makes the VM and its vCPUs, which are stopped and about to be resumed, what they were at a cut.
+    pub(super) fn set_state(&self, snapshot: &Snapshot) -> Result<(), MemberError> {
         rouse_all(&self.vcpus);
         if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
             kvm.set(state)?;
@@ -283,11 +291,7 @@ impl Member {
         for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
             vcpu.set(state)?;
         }
-        let answer = self.go()?;
-        self.begin_as_clone(&snapshot)?;
-        self.origin = Some(Arc::new(snapshot));
-        self.is_at_origin = true;
-        Ok(answer)
+        Ok(())
     }
 
     /// What comes once a clone runs, or runs again.
@@ -337,7 +341,7 @@ impl Member {
         is_clone: bool,
     ) -> Result<(), MemberError> {
         if is_clone {
-            self.machine.mailboxes().iter().for_each(super::mailbox::Mailbox::inherit_work);
+            self.machine.mailboxes().iter().for_each(super::mailbox::Mailbox::begin_again);
         }
         let live = Live {
             vm,
@@ -358,8 +362,8 @@ impl Member {
         Ok(())
     }
 
-    /// Lets the guest run.
-    pub(super) fn go(&mut self) -> Answer {
+    /// Lets the guest run. Returns when that was ordered, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub(super) fn go(&mut self) -> Result<u64, MemberError> {
         if self.setup.guest == GuestKind::Thread {
             let guest = ThreadGuest::start(&self.machine).map_err(MemberError::Window)?;
             if let Some(life) = &mut self.life {
@@ -368,7 +372,7 @@ impl Member {
         }
         let at = monotonic_ns();
         self.resume_vcpus()?;
-        Ok((Reply::Running { at, window_ns: self.window_ns }, Vec::new()))
+        Ok(at)
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {

@@ -80,12 +80,8 @@ impl Mailbox {
         std::mem::take(&mut self.letters().is_working)
     }
 
-    /// The VM is a clone: whatever order its source was at, this guest is at it too.
-    pub fn inherit_work(&self) {
-        self.letters().is_working = true;
-    }
-
-    /// The VM is what it was when it began: nothing that came since counts.
+    /// A clone begins, or begins again: nothing that came since counts, and whatever order its source
+    /// was at, this guest is at it too.
     pub fn begin_again(&self) {
         *self.letters() = Letters { is_working: true, ..Letters::default() };
     }

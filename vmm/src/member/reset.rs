@@ -16,8 +16,8 @@ use super::life::{Answer, Member, STOP_LIMIT};
 use super::mailbox::ResetBell;
 use super::messages::{Event, Reply, ResetReply, ResetTimes};
 use crate::ipc::Channel;
+use crate::kvm::stop_all;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{rouse_all, stop_all};
 use crate::space::SpaceError;
 
 impl Member {
@@ -117,13 +117,7 @@ impl Member {
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         *live.bus.write().unwrap_or_else(PoisonError::into_inner) = bus;
         self.machine.begin_again();
-        rouse_all(&self.vcpus);
-        if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
-            kvm.set(state)?;
-        }
-        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
-            vcpu.set(state)?;
-        }
+        self.set_state(&snapshot)?;
         times.set = monotonic_ns();
         self.prepared = None;
         self.held = None;
