@@ -3,7 +3,7 @@
 use super::baseline::{Baselines, Method, Outcome};
 use super::measure::{Bench, Cell, with};
 use super::report::{Params, SALP, Unit};
-use super::source::{Publishing, Source};
+use super::source::Source;
 use super::work::{FirstRead, PageRun, Task, free_runs};
 use super::{BenchError, Benchmark, Dirty};
 use crate::keeper::fork::ForkTimes;
@@ -33,10 +33,8 @@ impl Bench<'_> {
         let params = with(&params, "clones", self.plan.clones);
         let case = Case { which, runs: &runs, params: &params };
         let methods = self.methods(cell);
-        for (has_salp, has_baselines) in cell.sittings() {
-            let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
-            let has_baselines = has_baselines && !methods.is_empty();
-            let mut baselines = has_baselines.then(|| self.baselines(cell)).transpose()?;
+        for sitting in cell.sittings() {
+            let (source, mut baselines) = self.subjects(cell, sitting, &methods)?;
             for counts in self.runs(Self::most_runs(cell)) {
                 self.check_interrupt()?;
                 if let Some(source) = &source {

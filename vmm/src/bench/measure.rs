@@ -171,6 +171,18 @@ impl<'a> Bench<'a> {
         Ok(source)
     }
 
+    /// Those who are measured together in one of the cell's sittings.
+    pub(super) fn subjects(
+        &mut self,
+        cell: &Cell<'_>,
+        (has_salp, has_baselines): (bool, bool),
+        methods: &[Method],
+    ) -> Result<(Option<Source>, Option<Baselines>), BenchError> {
+        let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
+        let has_baselines = has_baselines && !methods.is_empty();
+        Ok((source, has_baselines.then(|| self.baselines(cell)).transpose()?))
+    }
+
     /// The processes of the baselines.
     pub(super) fn baselines(&self, cell: &Cell<'_>) -> Result<Baselines, BenchError> {
         Baselines::start(&self.plan.program, cell.memory, cell.is_huge, self.plan.guest)

@@ -8,7 +8,7 @@ use super::BenchError;
 use super::baseline::Method;
 use super::measure::{Bench, Cell, with};
 use super::report::Unit;
-use super::source::{Publishing, Source};
+use super::source::Source;
 use super::work::{PageRun, free_runs};
 use crate::family::VmId;
 use crate::member::messages::PuppetOrder;
@@ -28,10 +28,8 @@ impl Bench<'_> {
         let mut methods = self.methods(cell);
         // A clone of a template does not disturb the VM that the template was made of.
         methods.retain(|method| *method != Method::StaticTemplate);
-        for (has_salp, has_baselines) in cell.sittings() {
-            let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
-            let has_baselines = has_baselines && !methods.is_empty();
-            let mut baselines = has_baselines.then(|| self.baselines(cell)).transpose()?;
+        for sitting in cell.sittings() {
+            let (source, mut baselines) = self.subjects(cell, sitting, &methods)?;
             for counts in self.runs(RUNS) {
                 self.check_interrupt()?;
                 if let Some(source) = &source {

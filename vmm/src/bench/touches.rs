@@ -21,10 +21,8 @@ impl Bench<'_> {
     pub(super) fn fault(&mut self, cell: &Cell<'_>) -> Result<(), BenchError> {
         let params = cell.params();
         let methods = self.methods(cell);
-        for (has_salp, has_baselines) in cell.sittings() {
-            let source = has_salp.then(|| self.source(cell, Publishing::InBackground)).transpose()?;
-            let has_baselines = has_baselines && !methods.is_empty();
-            let mut baselines = has_baselines.then(|| self.baselines(cell)).transpose()?;
+        for sitting in cell.sittings() {
+            let (source, mut baselines) = self.subjects(cell, sitting, &methods)?;
             for counts in self.runs(Self::most_runs(cell)) {
                 self.check_interrupt()?;
                 let value = self.next_value();
