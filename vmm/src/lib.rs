@@ -5,6 +5,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
+pub mod failure;
 pub mod words;
 pub mod board;
 pub mod frames;

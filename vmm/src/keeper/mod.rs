@@ -228,6 +228,12 @@ impl Colony {
         Ok(self.shared.arena.used_bytes()?)
     }
 
+    /// The ready members, the next to be taken first.
+    #[must_use]
+    pub fn pooled(&self) -> Vec<Arc<MemberHandle>> {
+        self.shared.lock().pool.iter().cloned().collect()
+    }
+
     /// Waits until the pool is full.
     ///
     /// # Errors

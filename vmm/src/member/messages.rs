@@ -7,6 +7,8 @@ use crate::board::BoardShape;
 use crate::devices::backing::{BackingState, ExtentFileId};
 use crate::devices::dma::{DmaCounters, DmaState};
 use crate::devices::serial::SerialState;
+#[cfg(debug_assertions)]
+use crate::failure;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::{Irqchip, Times, VcpuState, VmState};
@@ -229,12 +231,20 @@ pub enum Order {
     EndVm,
     /// End the process.
     Exit,
+    /// Watch the [points](failure::point) of the process, or say what was reached. Also of a member that
+    /// is no VM yet.
+    #[cfg(debug_assertions)]
+    Failures(failure::Watching),
 }
 
 impl Order {
     /// Whether the VM may not be what it was after this.
     #[must_use]
     pub const fn may_change_vm(&self) -> bool {
+        #[cfg(debug_assertions)]
+        if matches!(self, Self::Failures(_)) {
+            return false;
+        }
         !matches!(
             self,
             Self::Cut { .. }
@@ -387,6 +397,9 @@ pub enum Reply {
         /// What mapping the window took, in nanoseconds; 0 at a boot.
         window_ns: u64,
     },
+    /// Which points were reached; nothing where the watch begins.
+    #[cfg(debug_assertions)]
+    Failures(failure::Reached),
 }
 
 /// What a guest says of its case.

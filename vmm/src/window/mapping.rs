@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::failure;
 use crate::words::{HostAddress, LEAF_BYTES, PAGE_BYTES, index, wide};
 
 /// `[base, base + len)`, aligned to 2 MiB and owned: unmapped when dropped.
@@ -31,6 +32,7 @@ impl Reservation {
     pub(super) fn new(len_bytes: u64) -> io::Result<Self> {
         let len_bytes = index(len_bytes);
         let whole_bytes = len_bytes + LEAF_BYTES;
+        failure::point("mapping.reserve")?;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
         let whole = unsafe {
             libc::mmap(
@@ -59,6 +61,7 @@ impl Reservation {
         static NEXT: AtomicU64 = AtomicU64::new(FIRST_ADDRESS);
         let step = len_bytes.next_multiple_of(wide(LEAF_BYTES)) + wide(LEAF_BYTES);
         let len_bytes = index(len_bytes);
+        failure::point("mapping.addresses")?;
         loop {
             let at = NEXT.fetch_add(step, Ordering::Relaxed);
             if at + step > LAST_ADDRESS {
@@ -120,6 +123,7 @@ impl Reservation {
     fn map_fixed(&self, range: Range<u64>, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
         self.check(&range);
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        failure::point("mapping.map")?;
         // SAFETY: the range lies inside this reservation, which this object owns; what was mapped
         // there was guest memory, to which no Rust reference but atomics exists.
         let mapped = unsafe {
@@ -141,6 +145,7 @@ impl Reservation {
         self.check(&range);
         let len_bytes = index(range.end - range.start);
         assert!(len_bytes == aside.len_bytes, "what is moved in has the size of its place");
+        failure::point("mapping.move")?;
         // SAFETY: source and destination are owned by the two reservations; see `map_fixed`.
         let moved = unsafe {
             libc::mremap(
@@ -174,6 +179,7 @@ impl Reservation {
 
     fn advise(&self, range: Range<u64>, advice: i32) -> io::Result<()> {
         self.check(&range);
+        failure::point("mapping.advise")?;
         // SAFETY: the range lies inside this reservation; the advices used here change nothing but
         // how the range is backed, or make its pages zero, which is what the caller asks for.
         let result = unsafe {

@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::failure;
 use crate::space::{Fault, Traps};
 
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -65,6 +66,7 @@ impl Userfault {
     /// # Errors
     /// Not permitted, or a feature is missing: the text says what to do.
     pub fn open() -> io::Result<Self> {
+        failure::point("userfault.open")?;
         let fd = Self::open_fd()?;
         let features = FEATURE_PAGEFAULT_FLAG_WP
             | FEATURE_MISSING_SHMEM
@@ -120,6 +122,7 @@ impl Userfault {
             Traps::Touches => MODE_MISSING | MODE_MINOR,
             Traps::Misses => MODE_MISSING,
         };
+        failure::point("userfault.register")?;
         control(&self.0, REGISTER, &mut [range.start, range.end - range.start, mode, 0])
     }
 
@@ -128,6 +131,7 @@ impl Userfault {
     /// # Errors
     /// The host refused.
     pub fn unregister(&self, range: Range<u64>) -> io::Result<()> {
+        failure::point("userfault.unregister")?;
         control(&self.0, UNREGISTER, &mut [range.start, range.end - range.start])?;
         self.wake(range)
     }
@@ -138,6 +142,7 @@ impl Userfault {
     /// The host refused: what is protected must have been registered.
     pub fn protect(&self, range: Range<u64>, protect: bool) -> io::Result<()> {
         let mut argument = [range.start, range.end - range.start, u64::from(protect)];
+        failure::point(if protect { "userfault.protect" } else { "userfault.unprotect" })?;
         loop {
             match control(&self.0, WRITE_PROTECT, &mut argument) {
                 // The address space is changing at this moment.
@@ -152,6 +157,7 @@ impl Userfault {
     /// # Errors
     /// The host refused.
     pub fn wake(&self, range: Range<u64>) -> io::Result<()> {
+        failure::point("userfault.wake")?;
         control(&self.0, WAKE, &mut [range.start, range.end - range.start])
     }
 
@@ -161,6 +167,7 @@ impl Userfault {
     /// # Errors
     /// The host refused.
     pub fn poison(&self, range: Range<u64>) -> io::Result<()> {
+        failure::point("userfault.poison")?;
         control(&self.0, POISON, &mut [range.start, range.end - range.start, 0, 0])
     }
 
