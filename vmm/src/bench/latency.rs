@@ -2,7 +2,7 @@
 
 use super::baseline::{Baselines, Method, Outcome};
 use super::measure::{Bench, Cell, with};
-use super::report::{Params, SALP, Unit};
+use super::report::{HOST, Params, SALP, Unit};
 use super::source::Source;
 use super::work::{FirstRead, PageRun, Task, free_runs};
 use super::{BenchError, Benchmark, Dirty};
@@ -44,6 +44,7 @@ impl Bench<'_> {
                     for method in &methods {
                         self.clone_of_baseline(baselines, *method, &case, counts)?;
                     }
+                    self.floor_of_host(baselines, &case, counts)?;
                 }
                 self.tick();
             }
@@ -144,6 +145,25 @@ impl Bench<'_> {
         let outcome = baselines.clone_once(method, task)?;
         if counts {
             self.add_outcome(case, method, &outcome);
+        }
+        Ok(())
+    }
+
+    /// What the host takes for the parts that no pause is without.
+    fn floor_of_host(
+        &mut self,
+        baselines: &mut Baselines,
+        case: &Case<'_>,
+        counts: bool,
+    ) -> Result<(), BenchError> {
+        baselines.dirty(case.runs, self.next_value())?;
+        let floor = baselines.floor()?;
+        if counts {
+            let params = with(case.params, "source", "waiting");
+            let mut add =
+                |stage: &str, us: f64| self.samples.add(stage, HOST, &params, Unit::Microseconds, us);
+            add("stage.save", floor.save_us);
+            add("stage.protect", floor.protect_us);
         }
         Ok(())
     }

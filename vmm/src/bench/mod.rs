@@ -35,7 +35,7 @@
 //! | `pause` | first kick | the source's last vCPU enters the guest again |
 //! | `first_instruction` | request | the clone's first exit, which is its first instruction |
 //! | `first_mib` | request | the clone's sum over 1 MiB is there, and right: publication goes on |
-//! | `stage.*` | | parts of the above |
+//! | `stage.*` | | parts of the above; of subject `host`: what the host takes for it alone, see `baseline::floor` |
 //! | `first_read_page`, `first_write_page` | order | answer, of a clone when all is published, for each page; with `others=N` while so many clones are alive |
 //! | `first_write_leaf` | | the first write in each leaf |
 //! | `first_read_page_at_once`, `first_write_page_at_once`, ... | | the same right after the call |

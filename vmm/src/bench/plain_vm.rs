@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{Ordering, fence};
 
@@ -159,6 +160,12 @@ impl PlainMemory {
             }
         }
         Ok(())
+    }
+
+    /// The runs of RAM in host addresses.
+    pub(super) fn host_ranges(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let start = wide(self.start.addr());
+        self.runs().map(move |(at, len_bytes)| start + at..start + at + len_bytes)
     }
 
     fn regions(&self) -> Vec<Region> {

@@ -217,6 +217,8 @@ fn ratio(records: &[Record], of: &Record) -> Option<f64> {
 
 /// The subject of salp's own figures.
 pub const SALP: &str = "salp";
+/// The subject of what the host takes whoever asks.
+pub const HOST: &str = "host";
 
 /// Three digits that count, where there are fractions at all.
 fn show(value: f64) -> String {

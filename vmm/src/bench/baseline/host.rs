@@ -7,6 +7,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use salp_protocol::order;
 
 use super::Method;
+use super::floor;
 use super::forked;
 use super::held::Held;
 use super::restore::SnapshotFile;
@@ -116,6 +117,7 @@ impl BaselineHost {
             Request::Throughput { method, order, window_ns } => {
                 self.throughput(method, order, window_ns).map(Answer::Rates)
             }
+            Request::Floor => floor::measure(self.source()?).map(Answer::Floor),
             Request::Pwrite { runs } => {
                 let file = memfd()?;
                 let source = self.source()?;

@@ -20,6 +20,7 @@
 //! | `forked` | one child of `fork()` |
 //! | `restore` | snapshots, and VMs made of them |
 //! | `held` | many clones at once, each in a process |
+//! | `floor` | what the host takes for the least that a pause can do |
 //! | `words` | what is asked and answered |
 //!
 //! # What is favourable to them
@@ -29,6 +30,7 @@
 //! where huge pages are asked for. While a clone works, its source waits. Of a burst or a density all
 //! clones are children of `fork()` that share what their parent is, its code too.
 
+mod floor;
 mod forked;
 mod held;
 mod host;
@@ -48,7 +50,7 @@ use crate::member::messages::{GuestKind, PuppetOrder};
 use crate::words::MemoryShape;
 
 pub use self::host::run;
-pub use self::words::{Burst, Outcome};
+pub use self::words::{Burst, Floor, Outcome};
 
 /// The argument that makes `salp` a process of the baselines.
 pub const BASELINE_ARGUMENT: &str = "__bench_baseline";
@@ -162,6 +164,15 @@ impl Baselines {
                 Ok(outcome)
             }
         }
+    }
+
+    /// Has the source do the least that a pause can do, on the memory that it has dirtied, without a
+    /// clone: what is left of it then is as before.
+    ///
+    /// # Errors
+    /// It could not.
+    pub fn floor(&mut self) -> Result<Floor, BenchError> {
+        self.source.ask(&Request::Floor)?.floor()
     }
 
     fn snapshot(&mut self) -> Result<Snapshotted, BenchError> {

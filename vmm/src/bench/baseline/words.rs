@@ -52,6 +52,8 @@ pub(super) enum Request {
     Throughput { method: Method, order: PuppetOrder, window_ns: u64 },
     /// Write the pages to a fresh memfd of 4 KiB pages.
     Pwrite { runs: Vec<PageRun> },
+    /// Save the vCPU, write-protect all memory, and nothing else.
+    Floor,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,6 +64,7 @@ pub(super) enum Answer {
     Held(Burst),
     Rates([f64; 2]),
     Took { ns: u64 },
+    Floor(Floor),
     Failed(String),
 }
 
@@ -91,6 +94,15 @@ pub(super) struct Snapshotted {
     pub(super) pause_us: f64,
     /// Of that: saving its state, writing.
     pub(super) stages_us: BTreeMap<String, f64>,
+}
+
+/// What the host takes for the two things that no pause can do without, in microseconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Floor {
+    /// Saving one vCPU and the VM.
+    pub save_us: f64,
+    /// Write-protecting all memory: one call of the kernel for each run of it.
+    pub protect_us: f64,
 }
 
 /// Many clones that are alive.
@@ -141,6 +153,13 @@ impl Answer {
     pub(super) fn took_ns(self) -> Result<u64, BenchError> {
         match self {
             Self::Took { ns } => Ok(ns),
+            other => Err(other.unexpected()),
+        }
+    }
+
+    pub(super) fn floor(self) -> Result<Floor, BenchError> {
+        match self {
+            Self::Floor(floor) => Ok(floor),
             other => Err(other.unexpected()),
         }
     }

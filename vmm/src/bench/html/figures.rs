@@ -2,7 +2,7 @@
 
 use super::chart::{Axis, Bars, Key, Line, Mark, Stack, bars, escape, legend, lines, stacks};
 use super::subject_name;
-use crate::bench::report::{Record, SALP, Unit};
+use crate::bench::report::{HOST, Record, SALP, Unit};
 
 /// Plots that belong together.
 pub(super) struct Section {
@@ -14,6 +14,8 @@ pub(super) struct Section {
 
 /// Parts of the pause, in their order.
 const PAUSE: [&str; 6] = ["stop", "hold", "save", "copy", "protect", "resume"];
+/// Parts of it that take what the host takes.
+const FLOOR: [&str; 2] = ["save", "protect"];
 /// Parts of salp's call, one after the other: the source's resume is beside `hop_to_keeper`.
 const CALL: [&str; 11] = [
     "reserve_structure",
@@ -299,6 +301,7 @@ fn stages(some: &Chosen<'_>, note: &str) -> Vec<Option<String>> {
     };
     vec![
         make("Parts of the pause", &format!("salp, source {source}, {note}"), SALP, source, &PAUSE),
+        make("What the host takes for two of them alone", note, HOST, "waiting", &FLOOR),
         make("Parts of the fork call", &format!("salp, source {source}, {note}"), SALP, source, &CALL),
         make("Parts of a call by fork()", note, "process_fork", "waiting", &CALL_OF_FORK),
     ]

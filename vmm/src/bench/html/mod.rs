@@ -58,6 +58,7 @@ fn subject_name(subject: &str) -> &str {
         "process_fork" => "fork()",
         "full_copy" => "full copy",
         "static_template" => "static template",
+        "host" => "host alone",
         "bare_vm" => "bare VM",
         "pwrite_memfd" => "pwrite",
         other => other,
