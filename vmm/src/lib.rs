@@ -6,6 +6,7 @@
 compile_error!("salp runs on x86-64 Linux only");
 
 pub mod failure;
+mod plants;
 pub mod words;
 pub mod board;
 pub mod frames;

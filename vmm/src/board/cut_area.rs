@@ -13,6 +13,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
 const BASE: usize = 0;
@@ -189,6 +190,10 @@ impl<'a> CutArea<'a> {
     pub fn take_requests(&self) -> Vec<LeafNumber> {
         set_bits(self.request_bits(), |word| match word.load(Ordering::Relaxed) {
             0 => 0,
+            seen if is_planted(Plant::RequestsTakenTwice) => {
+                word.store(0, Ordering::Release);
+                seen
+            }
             _ => word.swap(0, Ordering::Acquire),
         })
         .collect()
@@ -252,6 +257,9 @@ impl<'a> CutArea<'a> {
 
     /// Keeper: the cut is settled, and this is its table.
     pub fn set_table(&self, table: u32) {
+        if is_planted(Plant::SettledBeforeTable) {
+            self.words[SETTLED].store(1, Ordering::Release);
+        }
         self.words[TABLE].store(table, Ordering::Relaxed);
         self.words[SETTLED].store(1, Ordering::Release);
     }

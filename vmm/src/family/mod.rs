@@ -27,6 +27,7 @@ use thiserror::Error;
 
 use crate::board::{Board, LeafWord};
 use crate::frames::{CutId, Frames};
+use crate::plants::{Plant, is_planted};
 use crate::tables::{Entry, Found, LeafRecord, NUMBER_LIMIT, TableCounts, Tables, TablesError, resolve};
 use crate::words::{LeafNumber, PageSet};
 
@@ -156,7 +157,9 @@ impl Family {
     /// # Errors
     /// No such VM, or no room.
     pub fn reserve_cut(&mut self, source: VmId) -> Result<CutId, FamilyError> {
-        self.forget_harvest(source)?;
+        if !is_planted(Plant::OwnedIsShared) {
+            self.forget_harvest(source)?;
+        }
         let id = self.free_cut_id()?;
         self.board.open_cut(id)?;
         let Some(vm) = self.vms.get(&source) else {
@@ -239,11 +242,17 @@ impl Family {
     /// # Errors
     /// The cut has been declared unneeded, or does not exist.
     pub fn clone_vm(&mut self, cut: CutId, slot: u32, is_resettable: bool) -> Result<VmId, FamilyError> {
-        let known = self.cuts.get(&cut).filter(|known| known.committed && !known.unneeded);
+        let known = self
+            .cuts
+            .get(&cut)
+            .filter(|known| known.committed && (!known.unneeded || is_planted(Plant::UnneededTakesClones)));
         let known = known.ok_or(FamilyError::NoCut(cut))?;
         let shared = known.table.unwrap_or(Entry::Thunk(cut));
         let root = self.share(shared);
-        let origin = is_resettable.then(|| self.share(shared));
+        let origin = is_resettable.then(|| match is_planted(Plant::OriginUncounted) {
+            true => shared,
+            false => self.share(shared),
+        });
         Ok(self.add_vm(slot, root, origin))
     }
 
@@ -294,7 +303,7 @@ impl Family {
                 continue;
             }
             let area = self.board.cut(*id);
-            for leaf in area.pending() {
+            for leaf in area.pending().filter(|_| !is_planted(Plant::DeathIsSilent)) {
                 area.publish(leaf, LeafWord::Lost);
                 lost.push((*id, leaf));
             }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Cut, Family, FamilyError, Sweep, VmId, retain_in};
 use crate::board::{CutArea, LeafMap, LeafWord};
 use crate::frames::{BlockId, CutId, Frames};
+use crate::plants::{Plant, is_planted};
 use crate::tables::{Entry, LeafRecord, Tables, TablesError};
 use crate::words::{LeafNumber, index};
 
@@ -97,7 +98,7 @@ impl Family {
             return false;
         }
         // Not by counts: tables are shared, a slot may be reached from several sides.
-        others.into_iter().any(|entry| self.reaches_thunk(entry, id))
+        !is_planted(Plant::UnneededTooEarly) && others.into_iter().any(|entry| self.reaches_thunk(entry, id))
     }
 
     fn reaches_thunk(&self, root: Entry, cut: CutId) -> bool {
@@ -212,7 +213,8 @@ impl Family {
             LeafWord::Block => tables.set_shared(table, leaf, (Some(id), None), &mut retain),
             LeafWord::Patched => {
                 let block = area.patches(leaf).block;
-                tables.set_shared(table, leaf, (block, Some(id)), &mut retain)
+                let patches = (!is_planted(Plant::SettleForgetsPatches)).then_some(id);
+                tables.set_shared(table, leaf, (block, patches), &mut retain)
             }
             LeafWord::Zero => tables.set_entry(table, leaf, Entry::Empty, &mut retain),
             LeafWord::Lost => tables.set_entry(table, leaf, Entry::Lost, &mut retain),
@@ -230,7 +232,8 @@ impl Family {
             self.tables.for_each_own(root, &mut |leaf, entry| {
                 if let Entry::Leaf(record) = entry
                     && matches!(self.tables.leaf_record(record), LeafRecord::Shared { .. })
-                    && board.member(slot).map(leaf) == LeafMap::Own
+                    && (board.member(slot).map(leaf) == LeafMap::Own
+                        || is_planted(Plant::TrimsWhatIsNotOwned))
                 {
                     owned.push(leaf);
                 }
@@ -286,11 +289,15 @@ impl Family {
     fn close_files(&mut self, sweep: &mut Sweep) {
         // Pairs with `MemberArea::walk`: what was unlinked before this cannot be reached by a walk
         // that begins after it.
-        if self.slots.values().any(|slot| self.board.member(*slot).walkers() != 0) {
+        let is_walked = |slot: &u32| self.board.member(*slot).walkers() != 0;
+        if self.slots.values().any(is_walked) && !is_planted(Plant::ReclaimsUnderWalkers) {
             return;
         }
         self.tables.reclaim();
-        let mapped = self.mapped_blocks();
+        let mapped = match is_planted(Plant::MappedBlockFreed) {
+            true => BTreeSet::new(),
+            false => self.mapped_blocks(),
+        };
         let ledger = self.tables.ledger();
         // A record may have come to name again what none named for a while.
         self.parting.retain(|frames| ledger.references(*frames) == 0);

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backing, Host, PROTECTED, PageSource, Space, SpaceError, Traps};
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
 
 /// A cut of this VM with leaves that may be pending.
@@ -153,6 +154,9 @@ impl<H: Host> Space<H> {
     /// newer ones have none; blurred by the next protection. A leaf that is forced meanwhile may be
     /// recorded wrongly, and nobody asks for it any more.
     fn record_pending(&self) -> Result<(), SpaceError> {
+        if is_planted(Plant::LentNotRecorded) {
+            return Ok(());
+        }
         for cut in self.open_cuts() {
             for leaf in self.board.cut(cut.id()).pending() {
                 self.lent_to(&cut, leaf)?;
@@ -169,7 +173,11 @@ impl<H: Host> Space<H> {
             return Ok(*lent);
         }
         let states = self.scan_leaf(leaf)?;
-        let lent = states.anonymous.minus(&states.written);
+        let lent = match () {
+            () if is_planted(Plant::LentForgetsSwapped) => states.present.minus(&states.written),
+            () if is_planted(Plant::UnprotectedIsLent) => states.anonymous,
+            () => states.anonymous.minus(&states.written),
+        };
         recorded.insert(leaf, lent);
         Ok(lent)
     }
@@ -259,7 +267,7 @@ impl<H: Host> ReservedCut<'_, H> {
         let mut figures = CutFigures::default();
         let remap = space.remap.write().unwrap_or_else(PoisonError::into_inner);
         let start = Instant::now();
-        for gfn in space.pin_table().pages() {
+        for gfn in space.pin_table().pages().filter(|_| !is_planted(Plant::PinnedNotCopied)) {
             let mut bytes = [0; PAGE_BYTES];
             space.host.copy_page(gfn, &mut bytes);
             self.copies.gfns.push(gfn);
@@ -325,7 +333,9 @@ impl<H: Host> Space<H> {
                     figures.protect_calls += 1;
                 }
                 let lent = self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY);
-                recorded.insert(leaf, lent);
+                if !is_planted(Plant::MarkersAreLent) {
+                    recorded.insert(leaf, lent);
+                }
                 area.set_protected(leaf);
                 figures.protected_leaves += 1;
             }

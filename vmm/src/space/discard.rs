@@ -2,6 +2,7 @@
 
 use super::{Backing, Host, Space, SpaceError, Traps};
 use crate::board::LeafMap;
+use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
 
 impl<H: Host> Space<H> {
@@ -12,9 +13,7 @@ impl<H: Host> Space<H> {
     /// was meant (only the whole can become zero): earlier leaves of the range are zero.
     pub fn discard(&self, first: Gfn, pages: u64) -> Result<(), SpaceError> {
         self.check_range(first, pages)?;
-        if let Some(gfn) = self.pin_table().first_in(first, pages) {
-            return Err(SpaceError::Pinned { gfn });
-        }
+        self.check_unpinned(first, pages)?;
         let end = first.0 + pages;
         let mut from = first;
         while from.0 < end {
@@ -24,6 +23,13 @@ impl<H: Host> Space<H> {
             from = Gfn(until);
         }
         Ok(())
+    }
+
+    fn check_unpinned(&self, first: Gfn, pages: u64) -> Result<(), SpaceError> {
+        match self.pin_table().first_in(first, pages) {
+            Some(gfn) if !is_planted(Plant::DiscardSeesNoPin) => Err(SpaceError::Pinned { gfn }),
+            _ => Ok(()),
+        }
     }
 
     fn discard_in_leaf(&self, leaf: LeafNumber, first: Gfn, pages: u64) -> Result<(), SpaceError> {
@@ -37,9 +43,7 @@ impl<H: Host> Space<H> {
                 // Zeros on some pages would need a leaf in two conditions.
                 return Err(SpaceError::Lost { gfn: first });
             }
-            if let Some(gfn) = self.pin_table().first_in(first, pages) {
-                return Err(SpaceError::Pinned { gfn });
-            }
+            self.check_unpinned(first, pages)?;
             if is_whole {
                 self.host.map_anonymous(leaf)?;
                 self.set_departed(leaf, true);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Backing, Host, Patch, Space, SpaceError};
 use crate::board::LeafMap;
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::tables::{Entry, Found, resolve};
 use crate::words::{Gfn, LeafNumber};
 
@@ -93,10 +94,15 @@ impl<H: Host> Space<H> {
             }
             Found::Shared { block, patches } => {
                 let map = block.map_or(LeafMap::Own, LeafMap::Block);
-                area.set_map(leaf, map);
+                if !is_planted(Plant::MapsBeforeItSays) {
+                    area.set_map(leaf, map);
+                }
                 let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
                 let mapped = self.host.map_block(leaf, block, &patches);
                 mapped.inspect_err(|_| area.set_map(leaf, LeafMap::Unknown))?;
+                if is_planted(Plant::MapsBeforeItSays) {
+                    area.set_map(leaf, map);
+                }
                 self.set_backing(leaf, block.map_or(Backing::Anonymous, Backing::Block));
                 self.host.wake(leaf)?;
             }

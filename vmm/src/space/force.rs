@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Backing, Host, OPEN, OpenCut, PageSource, Space, SpaceError};
 use crate::board::{LeafMap, LeafWord, Patches};
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
 /// What the source does with its own copy of a leaf that is published.
@@ -50,7 +51,7 @@ impl<H: Host> Space<H> {
     /// The host refused to open the leaf again. (A leaf that cannot be written is lost to the
     /// clones, who are told; the source goes on.)
     pub fn force(&self, leaf: LeafNumber, keep: Keep) -> Result<(), SpaceError> {
-        let _leaf = self.lock_leaf(leaf);
+        let _leaf = (!is_planted(Plant::ForceWithoutLock)).then(|| self.lock_leaf(leaf));
         let map = self.board.member(self.slot).map(leaf);
         if keep == Keep::Shared && map == LeafMap::Own {
             // From the moment it is published, the block may take the place of the VM's own pages.
@@ -103,7 +104,9 @@ impl<H: Host> Space<H> {
             };
             let area = self.board.cut(cut.id());
             area.publish(leaf, word);
-            self.host.wake_word(area.raw(leaf));
+            if !is_planted(Plant::WakesNobody) {
+                self.host.wake_word(area.raw(leaf));
+            }
             last = Some(Settled { cut: cut.id(), word, lent, has_copies: cut.has_copies_in(leaf) });
         }
         (!pending.is_empty()).then_some(newest_block)
@@ -122,9 +125,8 @@ impl<H: Host> Space<H> {
             && Some(last.cut) == cut.previous()
             // What could not be written for one cut may yet be written for the next.
             && last.word != LeafWord::Lost
-            && last.lent == *lent
-            && !last.has_copies
-            && copies.is_empty()
+            && (last.lent == *lent || is_planted(Plant::UnequalSetsAreOneBlock))
+            && (!last.has_copies && copies.is_empty() || is_planted(Plant::PinnedSetsAreOneBlock))
         {
             return LeafWord::Base;
         }
@@ -192,7 +194,8 @@ impl<H: Host> Space<H> {
     pub(super) fn open_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
         let _remap = loop {
             let remap = self.remapping();
-            if self.pending_cuts(leaf).is_empty() {
+            let is_unseen = is_planted(Plant::OpensWhilePending) || is_planted(Plant::OpensWithoutALook);
+            if is_unseen || self.pending_cuts(leaf).is_empty() {
                 break remap;
             }
             drop(remap);
@@ -218,10 +221,12 @@ impl<H: Host> Space<H> {
         let _leaf = self.lock_leaf(leaf);
         loop {
             if self.is_protected(leaf) {
-                self.force_locked(leaf);
+                if !is_planted(Plant::OpensWhilePending) {
+                    self.force_locked(leaf);
+                }
                 self.open_leaf(leaf)?;
             }
-            let remap = self.remapping();
+            let remap = (!is_planted(Plant::PinOutsideRemap)).then(|| self.remapping());
             // A cut may have come between the two: then its protection lies over the leaf.
             if !self.is_protected(leaf) {
                 let result = work();
@@ -244,6 +249,7 @@ impl<H: Host> Space<H> {
             Backing::Block(_) => states.written.is_empty() && states.present.minus(lent).is_empty(),
             // An anonymous page that was never touched does not trap: its first store could fall
             // between this and the remapping, and would be lost.
+            _ if is_planted(Plant::DropsMoreThanLent) => true,
             _ => states.written.is_empty() && states.anonymous == *lent && *lent == PageSet::ALL,
         })
     }

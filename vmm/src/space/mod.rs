@@ -49,6 +49,7 @@ pub use self::reset::ResetFigures;
 
 use crate::board::{Board, LeafMap};
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LeafNumber, MemoryShape, PageSet};
 
 /// An operation on a space that cannot be done. Nothing has changed, unless the text says so.
@@ -273,6 +274,7 @@ impl<H: Host> Space<H> {
     }
 
     fn set_departed(&self, leaf: LeafNumber, has_departed: bool) {
+        let has_departed = has_departed && !is_planted(Plant::DepartureForgotten);
         self.leaves[leaf.index()].departed.store(u32::from(has_departed), Ordering::Release);
     }
 

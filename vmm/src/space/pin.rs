@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::{Backing, Host, Space, SpaceError};
+use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
 
 /// What a device does with pinned pages. Both kinds need the page to be exclusive: a reader must
@@ -32,7 +33,7 @@ impl PinTable {
     pub fn pin(&mut self, gfn: Gfn) {
         *self.pages.entry(gfn).or_default() += 1;
         *self.leaves.entry(gfn.leaf()).or_default() += 1;
-        self.total += 1;
+        self.total += u64::from(!is_planted(Plant::PinUncounted));
     }
 
     /// One pin less on `gfn`.
@@ -132,7 +133,9 @@ impl<H: Host> Space<H> {
             if self.backing(leaf) == Backing::Lost {
                 return Err(SpaceError::Lost { gfn: first });
             }
-            self.host.populate(first, pages)?;
+            if !is_planted(Plant::PinWithoutUnshare) {
+                self.host.populate(first, pages)?;
+            }
             let mut table = self.pin_table();
             (first.0..first.0 + pages).map(Gfn).for_each(|gfn| table.pin(gfn));
             Ok(())

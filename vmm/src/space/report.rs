@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Backing, Host, Space, SpaceError};
+use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, PageSet, wide};
 
 /// One leaf of a space.
@@ -73,7 +74,7 @@ impl<H: Host> Space<H> {
             let (exclusive, lent) = (wide(one.exclusive.len()), wide(one.lent.len()));
             let rest = wide(LEAF_PAGES) - exclusive - lent;
             counts.exclusive += exclusive;
-            counts.lent += lent;
+            counts.lent += if is_planted(Plant::LentUncounted) { 0 } else { lent };
             counts.pinned += wide(one.pinned.len());
             match one.backing {
                 Backing::Anonymous => counts.zero += rest,
@@ -96,7 +97,7 @@ impl<H: Host> Space<H> {
         };
         // Under a protection the markers of a block look like pages: what was there before is known.
         let known = match backing {
-            Backing::Block(_) if self.is_protected(leaf) => {
+            Backing::Block(_) if self.is_protected(leaf) && !is_planted(Plant::MarkersAreOwned) => {
                 self.block_sets().get(&leaf).copied().unwrap_or(PageSet::EMPTY).union(&anonymous.present)
             }
             _ => anonymous.anonymous,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backing, Host, OPEN, Space, SpaceError};
 use crate::board::LeafMap;
+use crate::plants::{Plant, is_planted};
 use crate::tables::Found;
 use crate::words::{LeafNumber, PageSet, wide};
 
@@ -41,7 +42,9 @@ impl<H: Host> Space<H> {
         // Whoever is still at a leaf that it has just opened for a store says first what that leaf is.
         drop(self.remap.write().unwrap_or_else(std::sync::PoisonError::into_inner));
         let pinned = self.pin_table().pages().next();
-        if let Some(gfn) = pinned {
+        if let Some(gfn) = pinned
+            && !is_planted(Plant::ResetSeesNoPin)
+        {
             return Err(SpaceError::Pinned { gfn });
         }
         for leaf in self.shape.leaves().filter(|leaf| self.is_protected(*leaf)) {

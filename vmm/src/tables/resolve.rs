@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use super::{Entry, LEAF_LEVEL, LeafRecord, ROOT_LEVEL, slot};
 use crate::board::{Board, LeafWord};
 use crate::frames::CutId;
+use crate::plants::{Plant, is_planted};
 use crate::words::LeafNumber;
 
 /// What a leaf holds.
@@ -66,6 +67,7 @@ pub fn resolve(board: &Board, root: Entry, leaf: LeafNumber) -> Found {
                             return Found::Shared { block: Some(cut), patches: None };
                         }
                         LeafWord::Zero => return Found::Zero,
+                        LeafWord::Lost if is_planted(Plant::LostIsZero) => return Found::Zero,
                         LeafWord::Lost => return Found::Lost,
                         LeafWord::Patched => {
                             let block = area.patches(leaf).block;

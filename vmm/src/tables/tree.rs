@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::{Entry, LEAF_LEVEL, LeafRecord, ROOT_LEVEL, leaves_per_slot, slot};
 use crate::board::{Board, NODE_ENTRIES};
 use crate::frames::{CutId, Frames, Ledger};
+use crate::plants::{Plant, is_planted};
 use crate::words::{LeafNumber, PageSet};
 
 /// No room is left for a table.
@@ -224,7 +225,9 @@ impl Tables {
     }
 
     fn share_counted(&mut self, entry: Entry, retain_cut: &mut dyn FnMut(CutId)) -> Entry {
-        if let Entry::Thunk(cut) = entry {
+        if let Entry::Thunk(cut) = entry
+            && !is_planted(Plant::CutUncounted)
+        {
             retain_cut(cut);
         }
         self.share(entry)
@@ -238,7 +241,7 @@ impl Tables {
             self.record_leaf.resize(needed, LeafNumber(0));
         }
         self.record_leaf[number as usize] = leaf;
-        for frames in content.frames(leaf) {
+        for frames in content.frames(leaf).filter(|_| !is_planted(Plant::FramesUncounted)) {
             self.ledger.retain(frames);
         }
         Ok(Entry::Leaf(number))
@@ -285,7 +288,7 @@ impl Tables {
     /// reference on `entry`: that node itself, or a copy.
     fn own_node(&mut self, entry: Entry, retain_cut: &mut dyn FnMut(CutId)) -> Result<u32, TablesError> {
         if let Entry::Node(node) = entry
-            && self.node_references.references[node as usize] == 1
+            && (self.node_references.references[node as usize] == 1 || is_planted(Plant::SharedNodeEdited))
         {
             return Ok(node);
         }

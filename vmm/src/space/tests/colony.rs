@@ -5,17 +5,18 @@
 //! where a source was killed, or a write refused, before it was published, and only to those who
 //! read through that cut: [`Colony`] keeps the list.
 
+mod keeping;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::host::{SimHost, Trap};
-use super::world::{Call, CutFile, Plant, World};
-use crate::board::{Board, BoardShape, HeapWords, LeafWord};
+use super::world::{CutFile, HostPlant, World};
+use crate::board::{Board, BoardShape, HeapWords};
 use crate::family::{Family, FamilyError, VmId};
-use crate::frames::{CutId, Frames};
+use crate::frames::CutId;
 use crate::space::{Access, Backing, Keep, ResetFigures, Space, SpaceError};
-use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, PageSet, index, wide};
+use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, index, wide};
 
 /// Leaves of each VM.
 pub(super) const LEAVES: u32 = 3;
@@ -77,7 +78,7 @@ pub(super) struct Colony {
 
 impl Colony {
     /// A colony of one VM.
-    pub(super) fn new(plant: Plant) -> Self {
+    pub(super) fn new(plant: HostPlant) -> Self {
         let board_shape = BoardShape { leaves: LEAVES, cuts: 64, members: SLOTS, nodes: 512, records: 512 };
         let board = Board::new(board_shape, Arc::new(HeapWords::for_shape(&board_shape)));
         let shape = MemoryShape::new(u64::from(LEAVES) << 21).expect("a few leaves");
@@ -176,10 +177,10 @@ impl Colony {
         }
     }
 
-    pub(super) fn pin(&mut self, at: usize, first: Gfn, pages: u64) {
+    pub(super) fn pin(&mut self, at: usize, first: Gfn, pages: u64, access: Access) {
         let space = self.vms[at].space.clone();
         let end = wide(self.vms[at].memory.len());
-        match self.retry(|| space.pin(first, pages, Access::ReadWrite)) {
+        match self.retry(|| space.pin(first, pages, access)) {
             Ok(()) => {
                 assert!(first.0 + pages <= end, "a pin past the end of memory");
                 for gfn in (first.0..first.0 + pages).map(Gfn) {
@@ -264,12 +265,18 @@ impl Colony {
         self.note_losses();
     }
 
-    /// Forks a VM; `between` happens between reservation and cut. None: it failed, or there is no
-    /// room.
+    /// Maps all leaves of a VM that it can find out without asking anybody.
+    pub(super) fn resolve_known(&mut self, at: usize) {
+        let space = self.vms[at].space.clone();
+        self.retry(|| space.resolve_known()).expect("only the host refuses");
+    }
+
+    /// Forks a VM; `between` happens between reservation and cut. A fork without clones ends there:
+    /// it is given up. None: so it was, or it failed, or there is no room.
     pub(super) fn fork(
         &mut self,
         at: usize,
-        clones: usize,
+        clones: Option<usize>,
         between: impl FnOnce(&mut Self),
     ) -> Option<CutId> {
         let id = self.vms[at].id;
@@ -288,6 +295,11 @@ impl Colony {
         let outer = self.reserved.replace(id);
         between(self);
         self.reserved = outer;
+        let Some(clones) = clones else {
+            drop(reserved);
+            self.family.abort_cut(cut);
+            return None;
+        };
         let at = self.vms.iter().position(|vm| vm.id == id).expect("a vm with a reserved cut does not end");
         let figures = match reserved.perform(self.vms[at].last_cut) {
             Ok(figures) => figures,
@@ -393,198 +405,5 @@ impl Colony {
     /// Cuts that were made, needed or not.
     pub(super) fn known_cuts(&self) -> Vec<CutId> {
         self.cuts.keys().copied().collect()
-    }
-
-    /// A VM ends; its window stays as long as others need it.
-    pub(super) fn exit(&mut self, at: usize) {
-        if self.reserved != Some(self.vms[at].id) {
-            let vm = self.vms.remove(at);
-            self.family.end_vm(vm.id);
-            self.images.push(vm);
-        }
-    }
-
-    /// The process of a VM, or of an image, is killed.
-    pub(super) fn kill(&mut self, pick: usize) {
-        let at = pick % (self.vms.len() + self.images.len());
-        let from_images = at.checked_sub(self.vms.len());
-        let victim = from_images.map_or_else(|| self.vms[at].id, |image| self.images[image].id);
-        if self.reserved == Some(victim) {
-            return;
-        }
-        match from_images {
-            Some(image) => self.images.remove(image),
-            None => self.vms.remove(at),
-        };
-        let lost = self.family.source_gone(victim);
-        self.seen_lost.extend(&lost);
-        self.lost.extend(lost);
-    }
-
-    /// Finds the leaves that have been lost since the last look: each must have a cause.
-    fn note_losses(&mut self) {
-        let fired = self.world.fired();
-        let is_cause = |call: &Call| matches!(call, Call::PublishBlock | Call::PublishPatches | Call::Scan);
-        let has_cause = fired[self.seen_fired..].iter().any(is_cause);
-        self.seen_fired = fired.len();
-        for (cut, _) in self.family.cuts() {
-            let area = self.board.cut(cut);
-            for leaf in area.protected().filter(|leaf| area.leaf(*leaf) == LeafWord::Lost) {
-                if self.seen_lost.insert((cut, leaf)) {
-                    assert!(has_cause, "{cut} {leaf} is lost without a cause");
-                    self.lost.insert((cut, leaf));
-                }
-            }
-        }
-    }
-
-    /// Reads what a VM owns from its host, compares it with the truth, and writes it into the tables.
-    pub(super) fn harvest(&mut self, at: usize) {
-        let vm = &self.vms[at];
-        let report = self.retry(|| vm.space.harvest()).expect("only the host refuses");
-        let counts = report.counts;
-        let sum = counts.zero + counts.exclusive + counts.lent + counts.shared + counts.poisoned;
-        assert_eq!(sum, wide(vm.memory.len()), "{}: {counts:?}", vm.id);
-        for one in &report.leaves {
-            let (own, marked) = vm.space.host().own_pages(one.leaf);
-            assert_eq!(one.exclusive.union(&one.lent), own, "{} {}: own pages", vm.id, one.leaf);
-            let mut pinned = PageSet::EMPTY;
-            vm.pins.keys().filter(|gfn| gfn.leaf() == one.leaf).for_each(|gfn| pinned.insert(gfn.in_leaf()));
-            assert_eq!(one.pinned, pinned, "{} {}: pinned pages", vm.id, one.leaf);
-            let lent = match vm.space.pending_cuts(one.leaf).is_empty() {
-                true => PageSet::EMPTY,
-                false => marked.minus(&pinned),
-            };
-            assert_eq!(one.lent, lent, "{} {}: lent pages", vm.id, one.leaf);
-        }
-        self.family.harvest(vm.id, &report.owned()).expect("room for tables");
-    }
-
-    /// Lets go of all that nobody needs any more.
-    pub(super) fn sweep(&mut self) {
-        for _ in 0..64 {
-            for vm in self.vms.iter().chain(&self.images) {
-                vm.space.finished_cuts();
-            }
-            let sweep = self.family.sweep().expect("room for tables");
-            for cut in &sweep.unneeded {
-                let source = self.cuts[cut].source;
-                if let Some(vm) = self.vms.iter().chain(&self.images).find(|vm| vm.id == source) {
-                    self.retry(|| vm.space.release_cut(*cut)).expect("only the host refuses");
-                }
-                self.family.cut_released(*cut);
-            }
-            self.punch(&sweep.freed);
-            for cut in &sweep.closed {
-                self.close(*cut);
-            }
-            let ended = self.images.extract_if(.., |vm| !self.family.is_image_needed(vm.id));
-            let ended: Vec<VmId> = ended.map(|vm| vm.id).collect();
-            for vm in &ended {
-                // What was pending then is of unneeded cuts: nobody can have lost it.
-                self.seen_lost.extend(self.family.source_gone(*vm));
-            }
-            let is_done = sweep.unneeded.is_empty() && sweep.freed.is_empty() && sweep.closed.is_empty();
-            if is_done && ended.is_empty() {
-                return self.family.check().expect("the family adds up");
-            }
-        }
-        panic!("a sweep finds no end");
-    }
-
-    fn punch(&self, freed: &[Frames]) {
-        for frames in freed {
-            match frames {
-                Frames::Block(block) => {
-                    for vm in self.vms.iter().chain(&self.images) {
-                        let is_shown = vm.space.host().shown_file(block.leaf) == Some(block.cut);
-                        assert!(!is_shown, "{block:?} is freed and {} maps it", vm.id);
-                    }
-                    self.world.punch_block(block.cut, block.leaf);
-                }
-                Frames::Patches(patches) => {
-                    let record = self.board.cut(patches.cut).patches(patches.leaf);
-                    self.world.punch_patches(patches.cut, &record);
-                }
-            }
-        }
-        if self.world.plant == Plant::SweepFreesTooMuch {
-            let block =
-                self.world.files().iter().find_map(|(cut, file)| Some((*cut, *file.blocks.keys().next()?)));
-            if let Some((cut, leaf)) = block {
-                self.world.punch_block(cut, leaf);
-            }
-        }
-    }
-
-    fn close(&mut self, cut: CutId) {
-        for vm in self.vms.iter().chain(&self.images) {
-            for leaf in (0..LEAVES).map(LeafNumber) {
-                let is_shown = vm.space.host().shown_file(leaf) == Some(cut);
-                assert!(!is_shown, "{cut} is closed and {} maps {leaf} of it", vm.id);
-            }
-        }
-        // Frames that no table ever named go with the file.
-        assert!(self.world.files().remove(&cut).is_some(), "{cut} is closed twice");
-        self.board.close_cut(cut).expect("the heap does not refuse");
-        self.cuts.remove(&cut);
-    }
-
-    /// Compares what every VM shows without a trap with the model. Changes nothing.
-    pub(super) fn check_shown(&self) {
-        for vm in &self.vms {
-            for leaf in (0..LEAVES).map(LeafNumber) {
-                let model = &vm.memory[leaf.index() * LEAF_PAGES..][..LEAF_PAGES];
-                if let Some(pages) = vm.space.host().peek(leaf) {
-                    let wrong = (0..LEAF_PAGES).find(|position| pages[*position] != model[*position]);
-                    assert_eq!(wrong, None, "{} shows a wrong page of {leaf}", vm.id);
-                }
-            }
-            for gfn in vm.pins.keys() {
-                assert_eq!(
-                    vm.space.host().device_load(*gfn),
-                    vm.memory[index(gfn.0)],
-                    "a device reads {gfn}"
-                );
-            }
-        }
-    }
-
-    /// Adds up what the spaces that are still there have done.
-    pub(super) fn count_done(&self, done: &mut BTreeMap<&'static str, u64>) {
-        let mut add = |what: &'static str, count: u64| *done.entry(what).or_default() += count;
-        for vm in self.vms.iter().chain(&self.images) {
-            let counters = vm.space.counters();
-            add("resolved", counters.leaves_resolved.load(Ordering::Relaxed));
-            add("stores", counters.store_faults.load(Ordering::Relaxed));
-            add("blocks", counters.blocks_published.load(Ordering::Relaxed));
-            add("patches", counters.patches_published.load(Ordering::Relaxed));
-            add("reused", counters.leaves_reused.load(Ordering::Relaxed));
-            add("dropped", counters.leaves_dropped.load(Ordering::Relaxed));
-        }
-        add("pinned copies", self.copied_pages);
-        add("restored", self.resets.restored_pages);
-        add("returned", self.resets.dropped_leaves);
-    }
-
-    /// Loads every page of a VM through the traps.
-    pub(super) fn check_all(&mut self, at: usize) {
-        for gfn in (0..wide(self.vms[at].memory.len())).map(Gfn) {
-            self.load(at, gfn);
-        }
-    }
-
-    /// Ends all VMs; nothing may be left.
-    pub(super) fn tear_down(&mut self) {
-        self.world.disarm();
-        while !self.vms.is_empty() {
-            self.exit(0);
-            self.sweep();
-            self.check_shown();
-        }
-        assert_eq!(self.family.table_counts(), crate::tables::TableCounts::default(), "tables are left");
-        assert_eq!(self.family.open_cuts(), 0, "cuts are left");
-        assert!(self.images.is_empty(), "images are left");
-        assert!(self.world.files().is_empty(), "files are left");
     }
 }

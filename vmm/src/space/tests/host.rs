@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::world::{Call, Plant, World};
+use super::world::{Call, HostPlant, World};
 use crate::frames::CutId;
 use crate::space::{Fault, Host, HostError, PageSource, PageStates, Patch, Traps};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, PAGE_BYTES, PageSet, index};
@@ -41,6 +41,26 @@ struct Page {
     is_seen: bool,
     is_poisoned: bool,
     holds: u32,
+    /// The host page that holds the own bytes.
+    frame: u64,
+    /// The one that devices hold.
+    held_frame: u64,
+}
+
+impl Page {
+    /// The page gets own bytes: where they are, or in a fresh host page.
+    fn put(&mut self, world: &World, value: u64) {
+        if self.own.replace(value).is_none() {
+            self.frame = world.new_frame();
+        }
+        (self.is_seen, self.is_swapped) = (false, false);
+    }
+
+    /// A device comes by: what it holds must be where it was.
+    fn assert_held(&self, gfn: Gfn) {
+        assert!(self.holds > 0, "{gfn} is not held");
+        assert!(self.own.is_some() && self.frame == self.held_frame, "{gfn}: a held page has gone away");
+    }
 }
 
 struct SimLeaf {
@@ -129,7 +149,7 @@ impl SimHost {
 
     /// A guest's store.
     pub(super) fn store(&self, gfn: Gfn, value: u64) -> Result<(), Trap> {
-        let stores_pass = self.world.plant == Plant::StoresPassProtection;
+        let stores_pass = self.world.plant == HostPlant::StoresPassProtection;
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
             if page.is_poisoned {
@@ -141,9 +161,7 @@ impl SimHost {
             if page.mark && !stores_pass {
                 return Err(Trap::Fault(Fault::Store));
             }
-            page.own = Some(value);
-            page.is_seen = false;
-            page.is_swapped = false;
+            page.put(&self.world, value);
             Ok(())
         })
     }
@@ -152,7 +170,7 @@ impl SimHost {
     pub(super) fn device_store(&self, gfn: Gfn, value: u64) {
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
-            assert!(page.holds > 0 && page.own.is_some(), "{gfn}: a held page has gone away");
+            page.assert_held(gfn);
             page.own = Some(value);
         });
     }
@@ -161,8 +179,8 @@ impl SimHost {
     pub(super) fn device_load(&self, gfn: Gfn) -> u64 {
         self.with_leaf(gfn.leaf(), |state| {
             let page = &state.pages[gfn.in_leaf()];
-            assert!(page.holds > 0, "{gfn} is not held");
-            page.own.unwrap_or_else(|| panic!("{gfn}: a held page has gone away"))
+            page.assert_held(gfn);
+            page.own.expect("a held page has bytes")
         })
     }
 
@@ -170,7 +188,9 @@ impl SimHost {
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
             assert!(page.own.is_some() && !page.mark, "{gfn} was pinned and is not exclusive");
+            assert!(page.holds == 0 || page.frame == page.held_frame, "{gfn}: a held page has gone away");
             page.is_swapped = false;
+            page.held_frame = page.frame;
             page.holds += 1;
         });
     }
@@ -184,6 +204,20 @@ impl SimHost {
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
             page.is_swapped = page.own.is_some() && page.holds == 0;
+        });
+    }
+
+    /// The host moves an exclusive page to another place, if it can.
+    pub(super) fn migrate(&self, gfn: Gfn) {
+        let plant = self.world.plant;
+        self.with_leaf(gfn.leaf(), |state| {
+            let page = &mut state.pages[gfn.in_leaf()];
+            if page.own.is_some() && (page.holds == 0 || plant == HostPlant::MovesHeldPages) {
+                page.frame = self.world.new_frame();
+                if plant == HostPlant::MoveForgets {
+                    page.own = Some(0);
+                }
+            }
         });
     }
 
@@ -238,8 +272,8 @@ impl SimHost {
             })
         };
         match source {
-            PageSource::Window => own(self.world.plant != Plant::StoresPassProtection),
-            PageSource::Copy(_) if self.world.plant == Plant::ForceReadsTheWindow => own(false),
+            PageSource::Window => own(self.world.plant != HostPlant::StoresPassProtection),
+            PageSource::Copy(_) if self.world.plant == HostPlant::ForceReadsTheWindow => own(false),
             PageSource::Copy(bytes) => number_of(bytes),
             PageSource::Block(cut) => self.world.block(cut, leaf)[position],
             PageSource::Zero => 0,
@@ -274,10 +308,10 @@ impl Host for SimHost {
         }
         let values: Vec<u64> = patches.iter().map(|patch| self.world.patch(patch.cut, patch.frame)).collect();
         self.replace(leaf, block.map_or(Mapping::Anonymous, Mapping::File));
-        let astray = usize::from(self.world.plant == Plant::PatchAstray);
+        let astray = usize::from(self.world.plant == HostPlant::PatchAstray);
         self.with_leaf(leaf, |state| {
             for (patch, value) in patches.iter().zip(values) {
-                state.pages[(patch.position + astray) % LEAF_PAGES].own = Some(value);
+                state.pages[(patch.position + astray) % LEAF_PAGES].put(&self.world, value);
             }
         });
         Ok(())
@@ -307,7 +341,7 @@ impl Host for SimHost {
         let fails = self.world.fails(Call::Protect);
         // A refusal may come half-way: the first leaf is protected then.
         let done = if fails { 1 } else { count };
-        let skips = self.world.plant == Plant::ProtectSkipsAPage;
+        let skips = self.world.plant == HostPlant::ProtectSkipsAPage;
         for leaf in (first.0..first.0 + done).map(LeafNumber) {
             self.with_leaf(leaf, |state| {
                 assert!(state.traps_stores, "{leaf} is protected and was never registered");
@@ -334,7 +368,11 @@ impl Host for SimHost {
         self.try_call(Call::Unprotect, "un-protecting a page", gfn.leaf())?;
         self.with_leaf(gfn.leaf(), |state| {
             assert!(state.traps_stores, "{gfn} is un-protected and was never registered");
-            state.pages[gfn.in_leaf()].mark = false;
+            let page = &mut state.pages[gfn.in_leaf()];
+            page.mark = false;
+            if self.world.plant == HostPlant::CopiesWhatIsOpened {
+                page.frame = self.world.new_frame();
+            }
         });
         Ok(())
     }
@@ -388,7 +426,7 @@ impl Host for SimHost {
                 let value = self.shown(leaf, state, position);
                 let page = &mut state.pages[position];
                 assert!(!page.is_poisoned, "{leaf}: populated and poisoned");
-                (page.own, page.is_seen, page.is_swapped) = (Some(value), false, false);
+                page.put(&self.world, value);
             });
         }
         Ok(())
@@ -397,7 +435,7 @@ impl Host for SimHost {
     fn zero(&self, first: Gfn, pages: u64, backing_is_block: bool) -> Result<(), HostError> {
         let leaf = first.leaf();
         self.try_call(Call::Zero, "discarding", leaf)?;
-        let forgets = self.world.plant == Plant::DiscardForgets;
+        let forgets = self.world.plant == HostPlant::DiscardForgets;
         self.with_leaf(leaf, |state| {
             assert!(
                 backing_is_block == matches!(state.mapping, Mapping::File(_)),
@@ -408,7 +446,10 @@ impl Host for SimHost {
                 assert!(!page.mark && !page.is_poisoned, "{leaf}: discarded and trapped");
                 assert!(page.holds == 0, "{leaf}: discarded while a device holds it");
                 if !forgets {
-                    *page = Page { own: backing_is_block.then_some(0), ..Page::default() };
+                    *page = Page::default();
+                    if backing_is_block {
+                        page.put(&self.world, 0);
+                    }
                 }
             }
         });
@@ -431,7 +472,7 @@ impl Host for SimHost {
         patches: &[Patch],
     ) -> Result<(), HostError> {
         self.try_call(Call::Restore, "restoring pages", leaf)?;
-        if self.world.plant == Plant::ResetForgets {
+        if self.world.plant == HostPlant::ResetForgets {
             return Ok(());
         }
         for position in pages.iter() {

@@ -2,6 +2,7 @@
 //! faults planted to prove that the tests can fail.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::board::Patches;
@@ -10,9 +11,10 @@ use crate::space::tests::host::SimHost;
 use crate::space::{Keep, Space};
 use crate::words::{LEAF_PAGES, LeafNumber};
 
-/// A deliberate break, to show that the checks find it.
+/// A host that breaks what the rules rely on, to show that the checks find it. Broken rules are
+/// [`crate::plants::Plant`]s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Plant {
+pub(super) enum HostPlant {
     /// All is as it should be.
     None,
     /// A protection leaves one page of each leaf open.
@@ -31,6 +33,12 @@ pub(super) enum Plant {
     PatchAstray,
     /// A reset leaves the bytes of pages as they are.
     ResetForgets,
+    /// The host moves a page that a device holds.
+    MovesHeldPages,
+    /// A page is copied to another place when its protection goes.
+    CopiesWhatIsOpened,
+    /// A page that was moved has lost its bytes.
+    MoveForgets,
 }
 
 /// The calls that can be made to fail.
@@ -68,7 +76,8 @@ pub(super) struct CutFile {
 pub(super) type Files = BTreeMap<CutId, CutFile>;
 
 pub(super) struct World {
-    pub(super) plant: Plant,
+    pub(super) plant: HostPlant,
+    next_frame: AtomicU64,
     files: Mutex<Files>,
     spaces: Mutex<Vec<Weak<Space<SimHost>>>>,
     failure: Mutex<Option<Failure>>,
@@ -81,15 +90,21 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl World {
-    pub(super) fn new(plant: Plant) -> Arc<Self> {
+    pub(super) fn new(plant: HostPlant) -> Arc<Self> {
         Arc::new(Self {
             plant,
+            next_frame: AtomicU64::new(1),
             files: Mutex::default(),
             spaces: Mutex::default(),
             failure: Mutex::default(),
             fired: Mutex::default(),
             keep: Mutex::new(Keep::Own),
         })
+    }
+
+    /// A host page that is nobody's.
+    pub(super) fn new_frame(&self) -> u64 {
+        self.next_frame.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(super) fn files(&self) -> MutexGuard<'_, Files> {
@@ -179,7 +194,7 @@ impl World {
 
     pub(super) fn write_block(&self, cut: CutId, leaf: LeafNumber, mut pages: Vec<u64>) {
         assert!(pages.len() == LEAF_PAGES);
-        if self.plant == Plant::HalfABlock {
+        if self.plant == HostPlant::HalfABlock {
             pages[LEAF_PAGES / 2..].fill(0);
         }
         let mut files = self.files();
