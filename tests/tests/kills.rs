@@ -20,7 +20,7 @@ use salp::kvm::Kvm;
 use salp::member::messages::{GuestKind, Order, PuppetOrder};
 use salp::words::MemoryShape;
 use salp_protocol::{layout, order};
-use salp_tests::procs::{MARK, Random, Scratch, Usage, expect_nothing_left, salp_binary, settled};
+use salp_tests::procs::{MARK, Random, Scratch, Usage, children, expect_nothing_left, salp_binary, settled};
 
 const MEMORY_BYTES: u64 = 16 << 20;
 /// Pages that carry a stamp: 16 in each leaf from the first free one on.
@@ -314,7 +314,11 @@ impl Test {
     fn run(mut self, kills: usize) {
         self.round();
         let base = self.base();
-        assert_eq!(base.0.children, self.colony.config().pool, "the pool is all there is");
+        assert_eq!(
+            base.0.children,
+            self.colony.config().pool + 1,
+            "the pool and its zygote are all there is"
+        );
         let mut rounds = 0;
         while self.kills < kills {
             self.round();
@@ -363,6 +367,48 @@ fn kills_of_thread_guests_leave_nothing_behind() {
         return;
     }
     Test::new(GuestKind::Thread, "kills of thread guests").run(kills(200));
+}
+
+/// The zygote of this process's colony.
+fn zygote() -> Option<Pid> {
+    let is_zygote = |pid: &u32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        name.trim() != "salp-member" && String::from_utf8_lossy(&line).contains("__zygote")
+    };
+    let pid = children().into_iter().find(is_zygote)?;
+    Pid::from_raw(i32::try_from(pid).expect("a process's number"))
+}
+
+#[test]
+fn members_outlive_their_zygote_and_the_next_come_from_another() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !can_trap() {
+        println!(
+            "SKIPPED: members_outlive_their_zygote_and_the_next_come_from_another: needs root, userfaultfd"
+        );
+        return;
+    }
+    let mut test = Test::new(GuestKind::Thread, "zygote");
+    test.boot();
+    let first = test.any().expect("it was just booted");
+    test.colony.warm().expect("the pool fills");
+    let pool = test.colony.config().pool;
+    for _ in 0..3 {
+        let zygote = zygote().expect("a colony has one");
+        rustix::process::kill_process(zygote, Signal::KILL).expect("it is a child");
+        // More than the pool has: some are made now.
+        test.fork(first, pool + 1, false);
+        let vms: Vec<_> = test.vms.keys().copied().collect();
+        vms.iter().for_each(|vm| test.check(*vm));
+        vms.into_iter().filter(|vm| *vm != first).for_each(|vm| test.end(vm));
+        test.colony.warm().expect("the pool fills again");
+        assert_ne!(self::zygote(), Some(zygote), "it was killed");
+    }
+    test.end(first);
+    drop(test);
+    let left = settled(LIMIT, Usage::now, |now| now.children == 0);
+    assert_eq!((left.children, left.zombies), (0, 0), "processes outlive their colony");
 }
 
 /// `SALP_KILLS` for longer or shorter runs.

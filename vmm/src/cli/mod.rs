@@ -15,7 +15,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::bench::baseline::{self, BASELINE_ARGUMENT};
-use crate::member::{self, MEMBER_ARGUMENT};
+use crate::member::zygote::{self, ZYGOTE_ARGUMENT};
 
 /// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight.
 #[derive(Debug, Parser)]
@@ -69,8 +69,8 @@ pub fn main() -> ExitCode {
     // Processes that salp starts of itself are no commands.
     let mut hidden = std::env::args_os().skip(1);
     match hidden.next() {
-        Some(argument) if argument == MEMBER_ARGUMENT => {
-            return end(member::run().map(|()| ExitCode::SUCCESS));
+        Some(argument) if argument == ZYGOTE_ARGUMENT => {
+            return end(zygote::run().map(|()| ExitCode::SUCCESS));
         }
         Some(argument) if argument == run::KEEPER_ARGUMENT => {
             return end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy()));

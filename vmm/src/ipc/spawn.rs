@@ -7,14 +7,19 @@
 //! A [`Child`] is always reaped: dropping it kills the process and waits for it. Its pidfd becomes
 //! readable when the process has ended, whatever way.
 //!
+//! # Copies
+//! To exec costs each process a copy of all that the dynamic linker relocates. A child with one thread
+//! can make copies of itself instead ([`copy_beside`]), which share that: they are children of *its*
+//! parent, which learns their number by message and takes them over ([`Child::of`]).
+//!
 //! # A child without its parent
-//! `posix_spawn` cannot set a parent-death signal, so the child does, with [`die_with_parent`]. That
-//! signal belongs to the parent's *thread* that spawned: it also comes when only that thread ends. So
-//! members are spawned by a thread that lives as long as the keeper; and they rely on the end of
-//! their control socket besides.
+//! `posix_spawn` cannot set a parent-death signal, so the child does, with [`die_with_parent`]; a copy
+//! has none until it does so too. That signal belongs to the parent's *thread* that spawned, for copies
+//! the one that spawned the original: it also comes when only that thread ends. So whoever wants his
+//! children to live as long as he does spawns them from a thread that does.
 #![expect(
     unsafe_code,
-    reason = "posix_spawn is not in std or rustix; inherited descriptors have only numbers"
+    reason = "posix_spawn and clone are not in std or rustix; inherited descriptors have only numbers"
 )]
 
 use std::env;
@@ -64,6 +69,9 @@ pub enum SpawnError {
         /// Why not.
         reason: &'static str,
     },
+    /// A process with several threads cannot be copied.
+    #[error("this process has more than one thread and cannot be copied")]
+    Threads,
     /// This process was not started by [`spawn_self`], or its parent has ended already.
     #[error("the parent process is gone, or this process was not started by salp")]
     NoParent,
@@ -93,7 +101,7 @@ impl fmt::Display for Ending {
     }
 }
 
-/// A process started by [`spawn_self`]. Dropping it kills and reaps the process.
+/// A process started by [`spawn_self`] or [`copy_beside`]. Dropping it kills and reaps the process.
 #[derive(Debug)]
 pub struct Child {
     pid: Pid,
@@ -150,19 +158,46 @@ fn spawn(
         settings.hand_over(descriptor.as_fd(), *number)?;
     }
     let pid = settings.spawn(path, &arguments, &environment)?;
-    // The number cannot belong to another process before it has been reaped, which only `Child` does.
-    match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(pidfd) => Ok(Child { pid, pidfd, ending: Mutex::new(None) }),
-        Err(error) => {
-            // ESRCH: it has ended by itself, and is reaped all the same.
-            let killed = rustix::process::kill_process(pid, Signal::KILL);
-            if matches!(killed, Ok(()) | Err(Errno::SRCH)) {
-                reap(WaitId::Pid(pid))?;
-            }
-            Err(SpawnError::host("open a pidfd for a new process", error))
-        }
+    Child::of(pid)
+}
+
+/// Where [`copy_beside`] returns: twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// In the process that was copied.
+    Original,
+    /// In the copy.
+    Copy,
+}
+
+/// `st_nlink` of `/proc/self/task` of a process with one thread: a directory and one below it.
+const LINKS_OF_ONE_THREAD: u64 = 3;
+
+/// Makes a copy of this process that is a child of this one's parent, and has what a copy has by
+/// `fork(2)`: all memory and descriptors, no parent-death signal. Nobody else tells the parent of it.
+///
+/// # Errors
+/// This process has other threads, whose locks the copy would have for ever; the host has no room for
+/// another process.
+pub fn copy_beside() -> Result<Copied, SpawnError> {
+    let threads = rustix::fs::stat("/proc/self/task")
+        .map_err(|error| SpawnError::host("count the threads of this process", error))?;
+    if threads.st_nlink != LINKS_OF_ONE_THREAD {
+        return Err(SpawnError::Threads);
+    }
+    // SAFETY: with no new stack the copy goes on from here as the original does. There is one thread, so
+    // no lock is held by anybody else and all memory is as one thread left it. The C library is not told:
+    // it knows the thread's number from before, which it uses for locks that salp has none of.
+    let result = unsafe { libc::syscall(libc::SYS_clone, COPY_FLAGS, 0, 0, 0, 0) };
+    match result {
+        0 => Ok(Copied::Copy),
+        1.. => Ok(Copied::Original),
+        _ => Err(SpawnError::host("copy this process", io::Error::last_os_error())),
     }
 }
+
+/// The parent of a copy is the original's, as is the signal that it gets at its end.
+pub const COPY_FLAGS: libc::c_long = libc::CLONE_PARENT as libc::c_long;
 
 /// Takes over the descriptor that the parent handed over at `number`, and makes it close-on-exec.
 ///
@@ -192,7 +227,7 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, SpawnError> {
 }
 
 /// Makes the kernel kill this process when the parent's thread that spawned it ends. To be called
-/// first thing in a process started by [`spawn_self`].
+/// first thing in a process started by [`spawn_self`], and in its copies.
 ///
 /// # Errors
 /// [`SpawnError::NoParent`] where the parent has ended before this call (then the signal will not
@@ -209,6 +244,27 @@ pub fn die_with_parent() -> Result<(), SpawnError> {
 }
 
 impl Child {
+    /// Takes over a child of this process that has not been reaped: one that was spawned, or a copy that
+    /// has told its number.
+    ///
+    /// # Errors
+    /// It is no child of this process; no descriptor is left: then it is killed and reaped.
+    pub fn of(pid: Pid) -> Result<Self, SpawnError> {
+        // The number cannot belong to another process before it has been reaped, which only `Child` does.
+        wait_id(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT)?;
+        match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Self { pid, pidfd, ending: Mutex::new(None) }),
+            Err(error) => {
+                // ESRCH: it has ended by itself, and is reaped all the same.
+                let killed = rustix::process::kill_process(pid, Signal::KILL);
+                if matches!(killed, Ok(()) | Err(Errno::SRCH)) {
+                    reap(WaitId::Pid(pid))?;
+                }
+                Err(SpawnError::host("open a pidfd for a new process", error))
+            }
+        }
+    }
+
     /// The process's id.
     #[must_use]
     pub fn pid(&self) -> Pid {

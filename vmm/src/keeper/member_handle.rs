@@ -4,12 +4,14 @@
 //! [`MemberState`] that others wait on, and the end of the channel is the end of the process.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use rustix::process::Pid;
 
 use super::pause::Still;
 use super::steward::Job;
@@ -17,8 +19,7 @@ use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::ipc::{Channel, spawn};
-use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply, Setup};
-use crate::member::{CHANNEL_NUMBER, MEMBER_ARGUMENT};
+use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply};
 use crate::space::PageCounts;
 
 /// What a member has told of itself.
@@ -62,6 +63,12 @@ impl MemberState {
     }
 }
 
+/// Of a reader's thread: there are many, and small ones share tables of pages.
+const READER_STACK_BYTES: usize = 256 << 10;
+
+/// Why there is no member.
+const NO_PROCESS: &str = "no process could be had for a vm";
+
 type Answer = Result<(Reply, Vec<OwnedFd>), String>;
 
 /// See the module.
@@ -85,22 +92,14 @@ pub struct MemberHandle {
 }
 
 impl MemberHandle {
-    /// Starts a member and waits until it is ready.
-    pub(super) fn start(
-        shared: &Arc<Shared>,
-        setup: &Setup,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Arc<Self>, ColonyError> {
-        let (ours, theirs) = Channel::pair()?;
-        let arguments = [std::ffi::OsStr::new(MEMBER_ARGUMENT)];
-        let handed_over = [(theirs.as_fd(), CHANNEL_NUMBER)];
-        let child = match &shared.config.program {
-            Some(program) => spawn::spawn_program(program, &arguments, &[], &handed_over)?,
-            None => spawn::spawn_self(&arguments, &[], &handed_over)?,
+    /// Has a member made and waits until it is ready.
+    pub(super) fn start(shared: &Arc<Shared>, slot: u32) -> Result<Arc<Self>, ColonyError> {
+        let (channel, child) = match Self::hatch(shared, slot)? {
+            Some(born) => born,
+            // The zygote died with the order: the next is made by another.
+            None => Self::hatch(shared, slot)?.ok_or(ColonyError::Unfit(NO_PROCESS.to_owned()))?,
         };
-        drop(theirs);
-        ours.send(setup, descriptors)?;
-        match ours.receive_within::<Message>(ANSWER_LIMIT)? {
+        match channel.receive_within::<Message>(ANSWER_LIMIT)? {
             Some((Message::Ready, _)) => {}
             Some((Message::Unfit(reason), _)) => return Err(ColonyError::Unfit(reason)),
             Some(_) => return Err(ColonyError::Unfit("a member spoke out of turn".to_owned())),
@@ -110,9 +109,9 @@ impl MemberHandle {
             }
         }
         let handle = Arc::new(Self {
-            slot: setup.slot,
+            slot,
             vm: OnceLock::new(),
-            channel: ours,
+            channel,
             child,
             next_number: AtomicU64::new(0),
             waiting: Mutex::default(),
@@ -127,10 +126,26 @@ impl MemberHandle {
         });
         let (for_reader, keeper) = (Arc::clone(&handle), Arc::downgrade(shared));
         let reader = std::thread::Builder::new()
-            .name(format!("member {}", setup.slot))
+            .name(format!("member {slot}"))
+            .stack_size(READER_STACK_BYTES)
             .spawn(move || for_reader.read(&keeper))?;
         *handle.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
         Ok(handle)
+    }
+
+    /// Has a process made; none: its zygote is gone.
+    fn hatch(shared: &Shared, slot: u32) -> Result<Option<(Channel, spawn::Child)>, ColonyError> {
+        let (ours, theirs) = Channel::pair()?;
+        shared.wish_for_member(slot, theirs)?;
+        match ours.receive_within::<Message>(ANSWER_LIMIT)? {
+            Some((Message::Born(process), _)) => {
+                let process = Pid::from_raw(process).ok_or(ColonyError::Unfit(NO_PROCESS.to_owned()))?;
+                Ok(Some((ours, spawn::Child::of(process)?)))
+            }
+            Some((Message::Unfit(reason), _)) => Err(ColonyError::Unfit(reason)),
+            Some(_) => Err(ColonyError::Unfit("a member spoke out of turn".to_owned())),
+            None => Ok(None),
+        }
     }
 
     /// The member's slot on the board.
@@ -306,7 +321,7 @@ impl MemberHandle {
                 }
             }
             Message::Event(event) => self.note(event, keeper),
-            Message::Ready | Message::Unfit(_) => {
+            Message::Born(_) | Message::Ready | Message::Unfit(_) => {
                 tracing::error!(vm = %self.vm(), "a member is ready twice");
             }
         }

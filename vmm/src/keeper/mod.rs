@@ -12,6 +12,7 @@
 //! | [`pause`] | VMs that stand still, and cuts that are used again |
 //! | [`reset`] | a clone's return to its cut |
 //! | [`image`] | kernels that are not the built-in one |
+//! | `nursery` | has members made |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
 //! | [`observe`] | who is told what happens on its own |
@@ -24,6 +25,7 @@ mod config;
 pub mod fork;
 mod image;
 pub mod member_handle;
+mod nursery;
 pub mod observe;
 mod pause;
 mod reset;
@@ -43,6 +45,7 @@ pub use self::config::{ColonyConfig, available_memory_bytes};
 
 use self::config::arena_budget_bytes;
 use self::member_handle::MemberHandle;
+use self::nursery::Wish;
 use self::steward::Job;
 use crate::arena_files::{ArenaDir, ArenaError};
 use crate::board::{Board, BoardShape};
@@ -50,7 +53,7 @@ use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
 use crate::ipc::{IpcError, SharedMemory, spawn};
-use crate::member::messages::{Order, Setup};
+use crate::member::messages::Order;
 use crate::member::shell::SharedWords;
 use crate::words::wide;
 
@@ -144,6 +147,7 @@ pub(crate) struct Shared {
     /// The pool, the images or the family changed.
     changed: Condvar,
     jobs: Mutex<Sender<Job>>,
+    wishes: Mutex<Sender<Wish>>,
     is_closing: AtomicBool,
     observer: OnceLock<Weak<dyn observe::Observer>>,
 }
@@ -152,6 +156,7 @@ pub(crate) struct Shared {
 pub struct Colony {
     shared: Arc<Shared>,
     steward: Option<JoinHandle<()>>,
+    nursery: Option<JoinHandle<()>>,
 }
 
 /// How long a member may take to answer.
@@ -177,7 +182,7 @@ impl Colony {
         let words = Arc::new(SharedWords::over(SharedMemory::create("salp-board", bytes)?));
         let board = Board::new(shape, Arc::<SharedWords>::clone(&words));
         let arena = ArenaDir::create_as(config.arena, arena_budget_bytes(&config))?;
-        let (jobs, todo) = channel();
+        let ((jobs, todo), (wishes, wished)) = (channel(), channel());
         let inner = Inner {
             family: Family::new(board.clone()),
             vms: BTreeMap::new(),
@@ -197,15 +202,17 @@ impl Colony {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             jobs: Mutex::new(jobs),
+            wishes: Mutex::new(wishes),
             is_closing: AtomicBool::new(false),
             observer: OnceLock::new(),
         });
-        let for_steward = Arc::clone(&shared);
-        let steward = std::thread::Builder::new()
-            .name("steward".to_owned())
-            .spawn(move || steward::run(&for_steward, &todo))?;
-        shared.post(Job::FillPool);
-        Ok(Self { shared, steward: Some(steward) })
+        let mut colony = Self { shared, steward: None, nursery: None };
+        let for_steward = Arc::clone(&colony.shared);
+        colony.steward = Some(start("steward", move || steward::run(&for_steward, &todo))?);
+        let for_nursery = Arc::clone(&colony.shared);
+        colony.nursery = Some(start("nursery", move || nursery::run(&for_nursery, &wished))?);
+        colony.shared.post(Job::FillPool);
+        Ok(colony)
     }
 
     /// The colony's configuration.
@@ -444,21 +451,7 @@ impl Shared {
 
     fn make_member_in(self: &Arc<Self>, slot: u32) -> Result<Arc<MemberHandle>, ColonyError> {
         self.board.open_member(slot)?;
-        let (arena, arena_descriptors) = self.arena.share_with_member();
-        let setup = Setup {
-            board: self.board.shape(),
-            slot,
-            arena,
-            memory: self.config.memory,
-            is_huge: self.config.is_huge,
-            vcpus: self.config.vcpus,
-            irqchip: self.config.irqchip,
-            guest: self.config.guest,
-            publication: self.config.publication,
-        };
-        let mut descriptors = vec![self.words.memory().fd()];
-        descriptors.extend(arena_descriptors);
-        MemberHandle::start(self, &setup, &descriptors)
+        MemberHandle::start(self, slot)
     }
 
     fn fill_pool(self: &Arc<Self>) -> Result<(), ColonyError> {
@@ -530,7 +523,20 @@ impl Drop for Colony {
         // All at once, then one by one: none needs another any more.
         members.iter().for_each(|member| member.kill());
         members.iter().for_each(|member| member.wait_end());
+        // After them: the end of its thread kills them.
+        let wishes = self.shared.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_told = wishes.send(Wish::Close).is_ok();
+        drop(wishes);
+        if let Some(nursery) = self.nursery.take().filter(|_| is_told)
+            && nursery.join().is_err()
+        {
+            tracing::error!("the nursery panicked");
+        }
     }
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)
 }
 
 /// Borrows descriptors for a message.

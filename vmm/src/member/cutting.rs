@@ -39,6 +39,7 @@ impl Member {
         if life.has_ended {
             return Err(MemberError::Protocol("this vm has ended"));
         }
+        life.services.answer().map_err(MemberError::Window)?;
         let space = Arc::clone(&life.space);
         let backing = Arc::clone(&life.backing);
         space.host().attach_cut(cut, CutFiles { blocks, patches });

@@ -16,6 +16,7 @@ use super::services::Services;
 use super::shell::{MemberFiles, ServedSpace, Shell};
 use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
+use super::watch::Due;
 use super::wiring::{ConsoleSink, MsiLine, NoLine};
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
@@ -67,12 +68,14 @@ pub struct Member {
     pub(super) outside_pins: u64,
     /// The guest has halted for good, and that was told.
     pub(super) has_halted: bool,
+    /// What the watch looks after.
+    pub(super) due: Due,
 }
 
 /// What a VM has besides what its vCPUs see.
 pub(super) struct Life {
     pub(super) space: Arc<Space<Window>>,
-    services: Services,
+    pub(super) services: Services,
     pub(super) thread_guest: Option<ThreadGuest>,
     pub(super) backing: Arc<Backing>,
     pub(super) extents: Arc<ArenaExtents>,
@@ -109,6 +112,7 @@ impl Member {
             just_reset: None,
             outside_pins: 0,
             has_halted: false,
+            due: Due::default(),
         }
     }
 
@@ -135,11 +139,11 @@ impl Member {
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
             Order::ReleaseCut { cut } => self.release_cut(cut),
             Order::Publish { keep } => {
-                self.life()?.services.publish(keep);
+                self.life()?.services.publish(keep).map_err(MemberError::Window)?;
                 done()
             }
             Order::ResolveKnown => {
-                self.life()?.services.resolve_known();
+                self.life()?.services.resolve_known().map_err(MemberError::Window)?;
                 done()
             }
             Order::Quiesce => self.quiesce(),
@@ -191,8 +195,10 @@ impl Member {
             self.report_reentry(cut);
             if self.setup.publication.in_background
                 && let Ok(life) = self.life()
+                && let Err(error) = life.services.publish(self.keep())
             {
-                life.services.publish(self.keep());
+                // What somebody needs is published all the same.
+                self.machine.tell(Event::Trouble(format!("nothing is published ahead: {error}")));
             }
         }
         if let Some(mut reset) = self.just_reset.take() {

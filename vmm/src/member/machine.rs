@@ -71,7 +71,7 @@ impl MemberMachine {
             keeper,
             line: Mutex::default(),
             reset_asked: ResetBell::new()?,
-            watch: Watch::default(),
+            watch: Watch::new()?,
         })
     }
 

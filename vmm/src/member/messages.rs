@@ -37,13 +37,12 @@ pub struct Publication {
     pub keep_later: Keep,
 }
 
-/// What a member is made for: the first message, with the board and the arena as descriptors.
+/// What the members of a colony are made for: the first message to their zygote, with the board and the
+/// arena as descriptors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Setup {
     /// Shape of the board.
     pub board: BoardShape,
-    /// The member's slot on it.
-    pub slot: u32,
     /// The arena.
     pub arena: ArenaDescription,
     /// The VM's memory.
@@ -58,6 +57,13 @@ pub struct Setup {
     pub guest: GuestKind,
     /// When lent pages are published.
     pub publication: Publication,
+}
+
+/// Asks a zygote for a member, whose end of its channel comes with it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Hatch {
+    /// The member's slot on the board.
+    pub slot: u32,
 }
 
 /// A VM at a cut, without its memory.
@@ -506,9 +512,11 @@ pub struct Request {
 /// From a member to the keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Message {
+    /// The process exists, and has this number.
+    Born(i32),
     /// The member is ready to become a VM.
     Ready,
-    /// It could not be made ready.
+    /// There is no process, or it could not be made ready.
     Unfit(String),
     /// The answer to a request.
     Answer {

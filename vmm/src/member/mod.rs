@@ -1,12 +1,13 @@
 //! A member: the process of one VM, and its life.
 //!
-//! A member is made ahead as a [`Shell`], gets a role ([`Order::Boot`], [`Order::Become`]), runs,
-//! is cut, ends, and stays as the image of what others need until the keeper lets it go. It serves
-//! one keeper over one channel; when that closes, it ends at once.
+//! A member is a copy of its colony's [`zygote`]. It is made ahead as a [`Shell`], gets a role
+//! ([`Order::Boot`], [`Order::Become`]), runs, is cut, ends, and stays as the image of what others need
+//! until the keeper lets it go. It serves one keeper over one channel; when that closes, it ends at once.
 //!
 //! | module | what |
 //! |---|---|
 //! | [`messages`] | what keeper and member say to each other |
+//! | [`zygote`] | the process that members are copies of |
 //! | [`shell`] | what is made ahead |
 //! | [`machine`], [`mailbox`] | exits, devices, calls of the guest |
 //! | [`ram`] | memory as the devices see it |
@@ -14,9 +15,14 @@
 //! | [`start`] | what a first VM starts with: the built-in guest, or another kernel |
 //! | [`services`] | the publishing threads |
 //! | [`thread_guest`] | a host thread as the guest |
-//! | `watch` | sends parts of console lines on, notices a guest that may have halted |
+//! | `watch` | what follows from nothing happening: parts of console lines, a guest that may have halted |
 //! | [`life`], `cutting` | a VM from its role to its end; a cut of it |
 //! | `wiring` | interrupt lines and console |
+//!
+//! # Threads
+//! An idle VM has three: this module's loop, which is also the watch, a vCPU, and one that resolves
+//! faults. The others start when they are first needed: who answers clones with the first cut, who
+//! publishes when there is something to publish, the DMA engine's with its first transfer.
 //!
 //! A member never forks, and a panic in one of its threads does not abort it: others may depend on
 //! its pages.
@@ -35,13 +41,11 @@ mod start;
 pub mod thread_guest;
 mod watch;
 mod wiring;
+pub mod zygote;
 
-use std::os::fd::{AsFd as _, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use rustix::process::Signal;
 use thiserror::Error;
 
 use self::life::Member;
@@ -53,16 +57,11 @@ use crate::ipc::{Channel, IpcError, spawn};
 use crate::kvm::KvmError;
 use crate::space::SpaceError;
 
-/// The descriptor at which a member finds its channel.
-pub const CHANNEL_NUMBER: RawFd = 3;
 /// The name in the arena of the extents that a member's process writes: unique in a colony.
 #[must_use]
 pub fn extents_name(process: u32, slot: u32) -> String {
     format!("extents-{process}-{slot}")
 }
-
-/// The argument that makes `salp` a member.
-pub const MEMBER_ARGUMENT: &str = "__member";
 
 /// Why a member could not do something.
 #[derive(Debug, Error)]
@@ -108,20 +107,11 @@ pub enum MemberError {
     Protocol(&'static str),
 }
 
-/// Runs a member until its keeper lets it go or is gone.
-///
-/// # Errors
-/// It could not talk to its keeper.
-pub fn run() -> Result<(), MemberError> {
-    // A terminal's Ctrl-C and timeout(1)'s SIGTERM go to the whole process group: what follows from
-    // them is the keeper's to say.
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, Arc::default()).map_err(MemberError::Window)?;
-    }
-    let keeper = Arc::new(Channel::from_fd(spawn::adopt(CHANNEL_NUMBER)?)?);
-    end_with(&keeper).map_err(MemberError::Window)?;
-    let Some((setup, descriptors)) = keeper.receive::<Setup>()? else { return Ok(()) };
-    let shell = match Shell::new(setup, descriptors, Arc::clone(&keeper)) {
+/// Runs a member until its keeper lets it go. The end of the keeper is the end of the process, whatever it
+/// is at: it may be waiting for another member, which is gone too.
+fn serve(setup: Setup, slot: u32, descriptors: Vec<OwnedFd>, keeper: Channel) -> Result<(), MemberError> {
+    let keeper = Arc::new(keeper);
+    let shell = match Shell::new(setup, slot, descriptors, Arc::clone(&keeper)) {
         Ok(shell) => shell,
         Err(error) => {
             keeper.send(&Message::Unfit(error.to_string()), &[])?;
@@ -133,7 +123,7 @@ pub fn run() -> Result<(), MemberError> {
     // resolve that any more. The kernel takes a process apart in the right order.
     let member = Box::leak(Box::new(Member::new(shell)));
     loop {
-        member.serve_guest(&keeper)?;
+        member.await_order(&keeper)?;
         let Some((Request { number, order }, descriptors)) = keeper.receive::<Request>()? else {
             return Ok(());
         };
@@ -150,28 +140,4 @@ pub fn run() -> Result<(), MemberError> {
         keeper.send(&Message::Answer { number, result }, &files)?;
         member.after();
     }
-}
-
-/// Ends this process when the keeper's end of the channel closes, whatever the process is at: it may be
-/// waiting for another member, which is gone too, and nobody is left to say so.
-fn end_with(keeper: &Arc<Channel>) -> std::io::Result<()> {
-    let keeper = Arc::clone(keeper);
-    let watch = move || {
-        loop {
-            // No event is asked for: the end is told all the same.
-            let mut ends = [PollFd::from_borrowed_fd(keeper.as_fd(), PollFlags::empty())];
-            match poll(&mut ends, None) {
-                Ok(_) | Err(Errno::INTR) if ends[0].revents().is_empty() => {}
-                Ok(_) => break,
-                Err(error) => {
-                    tracing::error!(%error, "the keeper's end cannot be watched");
-                    return;
-                }
-            }
-        }
-        if let Err(error) = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL) {
-            tracing::error!(%error, "the end after the keeper's failed");
-        }
-    };
-    std::thread::Builder::new().name("keeper watch".to_owned()).spawn(watch).map(|_| ())
 }

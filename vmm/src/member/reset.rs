@@ -7,13 +7,14 @@
 //! again, or ended.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::MemberError;
 use super::life::{Answer, Member, STOP_LIMIT};
-use super::mailbox::ResetBell;
+use super::machine::MemberMachine;
 use super::messages::{Event, Reply, ResetReply, ResetTimes};
 use crate::ipc::Channel;
 use crate::kvm::stop_all;
@@ -22,18 +23,21 @@ use crate::space::SpaceError;
 
 impl Member {
     /// Waits until the keeper says something; meanwhile does what a guest asks for that its member
-    /// can do alone.
+    /// can do alone, and what the watch finds due.
     ///
     /// # Errors
-    /// Neither can be waited for.
-    pub fn serve_guest(&mut self, keeper: &Channel) -> Result<(), MemberError> {
+    /// None of them can be waited for.
+    pub fn await_order(&mut self, keeper: &Channel) -> Result<(), MemberError> {
         loop {
             let machine = Arc::clone(&self.machine);
-            let (has_order, is_asked) = wait(keeper, machine.reset_bell())?;
-            if is_asked && let Some((vcpu, asked_at)) = machine.reset_bell().take() {
+            let said = wait(keeper, &machine, self.due.left())?;
+            if said.is_asked
+                && let Some((vcpu, asked_at)) = machine.reset_bell().take()
+            {
                 self.reset_for_guest(vcpu, asked_at);
             }
-            if has_order {
+            machine.watch().look(&mut self.due, &machine, &self.vcpus);
+            if said.has_order {
                 return Ok(());
             }
         }
@@ -132,13 +136,27 @@ impl Member {
     }
 }
 
-/// Waits for an order or the bell: which of them there is.
-fn wait(keeper: &Channel, bell: &ResetBell) -> Result<(bool, bool), MemberError> {
-    let mut ends = [PollFd::new(keeper, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
+/// Who has said something.
+struct Said {
+    has_order: bool,
+    is_asked: bool,
+}
+
+/// Waits for an order, a bell, or the time to be over.
+fn wait(keeper: &Channel, machine: &MemberMachine, limit: Option<Duration>) -> Result<Said, MemberError> {
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    let mut ends = [
+        PollFd::new(keeper, PollFlags::IN),
+        PollFd::new(machine.reset_bell(), PollFlags::IN),
+        PollFd::new(machine.watch(), PollFlags::IN),
+    ];
     loop {
-        match poll(&mut ends, None) {
-            // The end of the channel is an order too: to go.
-            Ok(_) => return Ok((!ends[0].revents().is_empty(), !ends[1].revents().is_empty())),
+        match poll(&mut ends, limit.as_ref()) {
+            Ok(_) => {
+                // The end of the channel is an order too: to go.
+                let [has_order, is_asked, _] = ends.map(|end| !end.revents().is_empty());
+                return Ok(Said { has_order, is_asked });
+            }
             Err(Errno::INTR) => {}
             Err(error) => return Err(MemberError::Window(error.into())),
         }

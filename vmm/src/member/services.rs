@@ -1,9 +1,12 @@
 //! The threads that work for clones: one answers requests, one works in the background. As a source a
 //! VM publishes there, as a clone it maps what has been published.
+//!
+//! Neither is there before it is needed: who answers comes with the first cut and stays, who works in the
+//! background goes when nothing is left to do.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::machine::MemberMachine;
@@ -11,7 +14,7 @@ use super::messages::Event;
 use crate::board::Board;
 use crate::ipc::futex;
 use crate::space::{Keep, Space, SpaceError};
-use crate::window::Window;
+use crate::window::{Surplus, Window};
 
 /// What the background thread is to do next.
 #[derive(Clone, Copy, Default)]
@@ -26,65 +29,105 @@ impl Wanted {
     }
 }
 
+/// What is wanted, and whether somebody is there who looks once more before he goes.
+#[derive(Default)]
+struct Background {
+    wanted: Wanted,
+    is_running: bool,
+}
+
 /// What the threads share.
 struct Work {
     space: Arc<Space<Window>>,
     machine: Arc<MemberMachine>,
+    surplus: Surplus,
     board: Board,
     slot: u32,
     keep: Keep,
     stop: AtomicBool,
-    wanted: Mutex<Wanted>,
-    changed: Condvar,
+    background: Mutex<Background>,
 }
 
 /// See the module. Stopped and joined when dropped.
 pub struct Services {
     work: Arc<Work>,
-    threads: Vec<JoinHandle<()>>,
+    forcer: Mutex<Option<JoinHandle<()>>>,
+    publisher: Mutex<Option<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Services {
-    /// Starts the threads.
-    ///
-    /// # Errors
-    /// The host has no thread left.
-    pub fn start(
+    /// Services without a thread. `surplus` goes when nobody can be made to wait by a fault any more.
+    #[must_use]
+    pub fn new(
         space: &Arc<Space<Window>>,
         machine: &Arc<MemberMachine>,
+        surplus: Surplus,
         board: Board,
         slot: u32,
         keep: Keep,
-    ) -> io::Result<Self> {
+    ) -> Self {
         let work = Arc::new(Work {
             space: Arc::clone(space),
             machine: Arc::clone(machine),
+            surplus,
             board,
             slot,
             keep,
             stop: AtomicBool::new(false),
-            wanted: Mutex::default(),
-            changed: Condvar::new(),
+            background: Mutex::default(),
         });
-        let mut services = Self { work, threads: Vec::new() };
-        for (name, run) in [("forcer", serve as fn(&Work)), ("publisher", publish)] {
-            let work = Arc::clone(&services.work);
-            let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&work))?;
-            services.threads.push(thread);
+        Self { work, forcer: Mutex::default(), publisher: Mutex::default() }
+    }
+
+    /// From now on requests are answered: there is about to be a cut.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn answer(&self) -> io::Result<()> {
+        let mut forcer = lock(&self.forcer);
+        if forcer.is_none() {
+            let work = Arc::clone(&self.work);
+            *forcer = Some(start("forcer", move || serve(&work))?);
         }
-        Ok(services)
+        Ok(())
     }
 
     /// Has everything published that is pending now, in the background.
-    pub fn publish(&self, keep: Keep) {
-        self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner).publish = Some(keep);
-        self.work.changed.notify_one();
+    ///
+    /// # Errors
+    /// The host has no thread left: what somebody asks for is published all the same.
+    pub fn publish(&self, keep: Keep) -> io::Result<()> {
+        self.want(|wanted| wanted.publish = Some(keep))
     }
 
     /// Has everything mapped that is known without asking, in the background.
-    pub fn resolve_known(&self) {
-        self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner).should_resolve = true;
-        self.work.changed.notify_one();
+    ///
+    /// # Errors
+    /// The host has no thread left: what is touched is mapped all the same.
+    pub fn resolve_known(&self) -> io::Result<()> {
+        self.want(|wanted| wanted.should_resolve = true)
+    }
+
+    fn want(&self, what: impl FnOnce(&mut Wanted)) -> io::Result<()> {
+        let mut publisher = lock(&self.publisher);
+        let mut background = lock(&self.work.background);
+        what(&mut background.wanted);
+        if background.is_running {
+            return Ok(());
+        }
+        let work = Arc::clone(&self.work);
+        // The one before has done all, or is about to return.
+        let before = publisher.replace(start("publisher", move || work_in_background(&work))?);
+        background.is_running = true;
+        drop(background);
+        if let Some(before) = before {
+            join(before);
+        }
+        Ok(())
     }
 
     /// Tells the keeper of cuts on which nothing is pending any more.
@@ -93,22 +136,26 @@ impl Services {
     }
 }
 
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a publishing thread panicked");
+    }
+}
+
 impl Drop for Services {
     fn drop(&mut self) {
         self.work.stop.store(true, Ordering::SeqCst);
-        // Taking the lock closes the gap between the publisher's look and its wait.
-        drop(self.work.wanted.lock().unwrap_or_else(PoisonError::into_inner));
-        self.work.changed.notify_all();
         let area = self.work.board.member(self.work.slot);
         area.ring();
         if let Err(error) = futex::wake_all(area.doorbell()) {
             tracing::error!(%error, "the forcer cannot be woken");
         }
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a publishing thread panicked");
-            }
-        }
+        let threads = [lock(&self.forcer).take(), lock(&self.publisher).take()];
+        threads.into_iter().flatten().for_each(join);
     }
 }
 
@@ -121,6 +168,34 @@ impl Work {
         if !finished.is_empty() {
             self.machine.tell(Event::CutsFinished(finished));
         }
+    }
+
+    fn resolve_known(&self) {
+        match self.space.resolve_known() {
+            // Nothing traps that another process would have to be asked for.
+            Ok(true) => {
+                if let Err(error) = self.surplus.send_home() {
+                    self.trouble(&error);
+                }
+            }
+            Ok(false) | Err(SpaceError::Stopping) => {}
+            Err(error) => self.trouble(&error),
+        }
+    }
+
+    fn publish(&self, keep: Keep) {
+        loop {
+            match self.space.publish_next(keep) {
+                Ok(true) if self.stop.load(Ordering::SeqCst) => return,
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    self.trouble(&error);
+                    break;
+                }
+            }
+        }
+        self.reap();
     }
 
     fn trouble(&self, error: &dyn std::fmt::Display) {
@@ -148,38 +223,23 @@ fn serve(work: &Work) {
     }
 }
 
-/// Publishes or maps everything, each time it is asked to.
-fn publish(work: &Work) {
+/// Publishes or maps everything, until nothing of that is wanted.
+fn work_in_background(work: &Work) {
     loop {
         let wanted = {
-            let wanted = work.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut wanted = work
-                .changed
-                .wait_while(wanted, |wanted| wanted.is_nothing() && !work.stop.load(Ordering::SeqCst))
-                .unwrap_or_else(PoisonError::into_inner);
-            std::mem::take(&mut *wanted)
+            let mut background = lock(&work.background);
+            let wanted = std::mem::take(&mut background.wanted);
+            background.is_running = !wanted.is_nothing();
+            wanted
         };
-        if wanted.is_nothing() {
+        if wanted.is_nothing() || work.stop.load(Ordering::SeqCst) {
             return;
         }
-        if wanted.should_resolve
-            && let Err(error) = work.space.resolve_known()
-            && !matches!(error, SpaceError::Stopping)
-        {
-            work.trouble(&error);
+        if wanted.should_resolve {
+            work.resolve_known();
         }
-        let Some(keep) = wanted.publish else { continue };
-        loop {
-            match work.space.publish_next(keep) {
-                Ok(true) if work.stop.load(Ordering::SeqCst) => return,
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    work.trouble(&error);
-                    break;
-                }
-            }
+        if let Some(keep) = wanted.publish {
+            work.publish(keep);
         }
-        work.reap();
     }
 }

@@ -1,5 +1,5 @@
 //! A member before it is a VM: whatever can be made ahead has been made, and belongs to this
-//! process alone: window, KVM VM, slots over the window, vCPUs, all threads.
+//! process alone: window, KVM VM, slots over the window, vCPUs, the threads that a clone needs at once.
 #![expect(unsafe_code, reason = "vouches to KVM for the window")]
 
 use std::io;
@@ -12,7 +12,6 @@ use super::MemberError;
 use super::machine::MemberMachine;
 use super::messages::{Event, GuestKind, Setup};
 use super::services::Services;
-use super::watch;
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
@@ -106,6 +105,7 @@ impl Shell {
     /// Whatever the host does not have or refuses.
     pub fn new(
         setup: Setup,
+        slot: u32,
         mut descriptors: Vec<OwnedFd>,
         keeper: Arc<Channel>,
     ) -> Result<Self, MemberError> {
@@ -116,7 +116,7 @@ impl Shell {
         let board = Board::new(setup.board, Arc::new(board));
         let (reader, writer) = ArenaDir::from_parts(&setup.arena, descriptors)?;
         let reader = Arc::new(reader);
-        let files = MemberFiles { reader: Arc::clone(&reader), writer, slot: setup.slot };
+        let files = MemberFiles { reader: Arc::clone(&reader), writer, slot };
         let window = Window::new(setup.memory, setup.is_huge, reader).map_err(MemberError::Window)?;
         let machine = Arc::new(MemberMachine::new(setup.vcpus, keeper).map_err(MemberError::Window)?);
         let (vm, vcpus) = match setup.guest {
@@ -126,17 +126,13 @@ impl Shell {
             }
             GuestKind::Thread => (None, Vec::new()),
         };
-        if !vcpus.is_empty() {
-            watch::start(&machine, &vcpus).map_err(MemberError::Window)?;
-        }
-        let space = Space::unused(window, board.clone(), setup.slot, setup.memory);
+        let space = Space::unused(window, board.clone(), slot, setup.memory);
         let (space, files) = (Arc::new(space), Arc::new(files));
         // One more than can wait for another process at one time, and one for the devices.
         let resolvers = Resolvers::start(&space, usize::from(setup.vcpus) + 2, &on_failure(&machine))
             .map_err(MemberError::Window)?;
         let keep = setup.publication.keep;
-        let services = Services::start(&space, &machine, board.clone(), setup.slot, keep)
-            .map_err(MemberError::Window)?;
+        let services = Services::new(&space, &machine, resolvers.surplus(), board.clone(), slot, keep);
         let memory = ServedSpace { space, services, resolvers };
         Ok(Self { setup, board, files, memory, vm, vcpus, machine })
     }

@@ -1,4 +1,4 @@
-//! The watch: a thread that looks after what follows from nothing happening.
+//! The watch looks after what follows from nothing happening.
 //!
 //! - A console line that has been begun is sent on after [`LINE_PAUSE`]: a prompt shows, and a guest that
 //!   writes byte after byte does not cost a message each.
@@ -6,18 +6,21 @@
 //!   halted for good. If all vCPUs sleep, the keeper is told, which orders a look
 //!   ([`Order::Look`](super::messages::Order::Look)); one that computes is looked at again later.
 //!
-//! The thread waits without a timer unless one of these is on its way, so that an idle VM has no timers.
+//! It has no thread of its own: the member's loop waits for the [`Watch`]'s bell among others, no longer
+//! than until something is [due](Due). Nothing is due of an idle VM, so that it has no timers.
 //!
 //! Known hole: a guest that was idle with interrupts on and then halts without touching any device is not
 //! noticed here, but by the next look that somebody asks for (`salp ps`).
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::machine::MemberMachine;
 use super::messages::Event;
-use crate::kvm::{Doing, VcpuThread, VcpuWatch};
+use crate::kvm::{Doing, VcpuThread};
 
 /// How long the beginning of a line waits for its rest.
 const LINE_PAUSE: Duration = Duration::from_millis(5);
@@ -26,40 +29,45 @@ const QUIET_PAUSE: Duration = Duration::from_millis(100);
 /// The longest time between two looks at a guest that computes.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Default)]
-struct State {
-    /// A line has been begun that was not there before.
-    has_line: bool,
-    /// The thread waits for the guest to act.
-    is_resting: bool,
-}
-
 /// What the machine tells its watch.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Watch {
     /// The guest has done something since this was last looked at.
     is_active: AtomicBool,
-    state: Mutex<State>,
-    changed: Condvar,
+    /// The guest is not looked at before it acts: whoever sees it act says so.
+    is_resting: AtomicBool,
+    /// A line has been begun that was not there before.
+    has_line: AtomicBool,
+    /// Readable when there may be something new.
+    bell: OwnedFd,
 }
 
 /// When what is due.
 #[derive(Default)]
-struct Due {
+pub(super) struct Due {
     line: Option<Instant>,
     quiet: Option<Instant>,
     pause: Duration,
 }
 
 impl Watch {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn new() -> std::io::Result<Self> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let [is_active, is_resting, has_line] = [false, true, false].map(AtomicBool::new);
+        Ok(Self { is_active, is_resting, has_line, bell })
+    }
+
+    fn ring(&self) {
+        if let Err(error) = rustix::io::write(&self.bell, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "the watch cannot be rung for");
+        }
     }
 
     /// The guest has written the beginning of a line.
     pub(super) fn line_begun(&self) {
-        self.lock().has_line = true;
-        self.changed.notify_all();
+        if !self.has_line.swap(true, Ordering::SeqCst) {
+            self.ring();
+        }
     }
 
     /// The guest goes on after something was done for it.
@@ -69,78 +77,75 @@ impl Watch {
             return;
         }
         self.is_active.store(true, Ordering::SeqCst);
-        // Under the lock: the watch rests only where it has not seen that store.
-        if self.lock().is_resting {
-            self.changed.notify_all();
+        // Pairs with `rest`, which stores and loads the other way round: one of the two sees the other's.
+        if self.is_resting.load(Ordering::SeqCst) {
+            self.ring();
         }
     }
 
-    /// Waits until something is due, or there is something new.
-    fn wait(&self, due: &Due) {
-        let mut state = self.lock();
-        state.is_resting = due.quiet.is_none();
-        loop {
-            let is_new = due.line.is_none() && state.has_line;
-            if is_new || due.quiet.is_none() && self.is_active.load(Ordering::SeqCst) {
-                break;
-            }
-            let deadline = due.line.into_iter().chain(due.quiet).min();
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            state = match left {
-                Some(Duration::ZERO) => break,
-                Some(left) => {
-                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            };
+    /// The guest is looked at when it acts; rings at once if it just has.
+    fn rest(&self) {
+        self.is_resting.store(true, Ordering::SeqCst);
+        if self.is_active.load(Ordering::SeqCst) {
+            self.ring();
         }
-        state.is_resting = false;
     }
 
-    fn run(&self, machine: &MemberMachine, vcpus: &[VcpuWatch]) {
-        let mut due = Due::default();
-        loop {
-            self.wait(&due);
-            let now = Instant::now();
-            match due.line {
-                Some(at) if at <= now => {
-                    due.line = None;
-                    self.lock().has_line = false;
-                    machine.flush_line();
-                }
-                Some(_) => {}
-                None => due.line = self.lock().has_line.then(|| now + LINE_PAUSE),
+    /// Does what is due by now.
+    pub(super) fn look(&self, due: &mut Due, machine: &MemberMachine, vcpus: &[VcpuThread]) {
+        // Fails only when it is silent. First: who rings after this is seen the next time.
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        let now = Instant::now();
+        match due.line {
+            Some(at) if at <= now => {
+                due.line = None;
+                // Before the line is taken: one that is begun after that rings again.
+                self.has_line.store(false, Ordering::SeqCst);
+                machine.flush_line();
             }
-            match due.quiet {
-                Some(at) if at > now => {}
-                // It has rested, or must be looked at.
-                _ if self.is_active.swap(false, Ordering::SeqCst) => {
-                    due.pause = QUIET_PAUSE;
-                    due.quiet = Some(now + QUIET_PAUSE);
-                }
-                Some(_) => self.look(&mut due, machine, vcpus),
-                None => {}
+            Some(_) => {}
+            None => due.line = self.has_line.load(Ordering::SeqCst).then(|| now + LINE_PAUSE),
+        }
+        match due.quiet {
+            Some(at) if at > now => {}
+            // It has rested, or must be looked at.
+            _ if self.is_active.swap(false, Ordering::SeqCst) => {
+                self.is_resting.store(false, Ordering::SeqCst);
+                due.pause = QUIET_PAUSE;
+                due.quiet = Some(now + QUIET_PAUSE);
             }
+            Some(_) => self.look_at_guest(due, machine, vcpus),
+            None => {}
         }
     }
 
     /// The guest has not acted for a while.
-    fn look(&self, due: &mut Due, machine: &MemberMachine, vcpus: &[VcpuWatch]) {
+    fn look_at_guest(&self, due: &mut Due, machine: &MemberMachine, vcpus: &[VcpuThread]) {
         due.quiet = None;
-        let doing: Vec<_> = vcpus.iter().map(VcpuWatch::doing).collect();
+        let doing: Vec<_> = vcpus.iter().map(|vcpu| vcpu.watch().doing()).collect();
         if doing.contains(&Doing::Works) {
             due.pause = (due.pause * 2).min(LONGEST_PAUSE);
             due.quiet = Some(Instant::now() + due.pause);
-        } else if doing.iter().all(|&one| one == Doing::Sleeps) {
+            return;
+        }
+        if !doing.is_empty() && doing.iter().all(|&one| one == Doing::Sleeps) {
             machine.tell(Event::Quiet);
         }
+        self.rest();
     }
 }
 
-/// Starts the watch of a machine with these vCPUs. It ends with the process.
-pub(super) fn start(machine: &Arc<MemberMachine>, vcpus: &[VcpuThread]) -> std::io::Result<()> {
-    let vcpus: Vec<_> = vcpus.iter().map(VcpuThread::watch).collect();
-    let machine = Arc::clone(machine);
-    let run = move || machine.watch().run(&machine, &vcpus);
-    std::thread::Builder::new().name("watch".to_owned()).spawn(run).map(|_| ())
+impl Due {
+    /// How long from now until something is; none: nothing will be.
+    pub(super) fn left(&self) -> Option<Duration> {
+        let first = self.line.into_iter().chain(self.quiet).min();
+        first.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+}
+
+impl AsFd for Watch {
+    /// To poll: readable when there may be something new.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
 }

@@ -146,20 +146,22 @@ impl<H: Host> Space<H> {
     }
 
     /// Maps all trapped leaves that can be found out without asking anybody: when all is published,
-    /// every one that is not lost. A touch that traps costs more than its fault: KVM resolves it as if
+    /// every one that is not lost. Returns whether none is left.
+    ///
+    /// A touch that traps costs more than its fault: KVM resolves it as if
     /// it were a store (its asynchronous page faults ask for a writable page), so that the leaf gets a
     /// private page and loses its huge mapping.
     ///
     /// # Errors
     /// The space is being stopped, or the host refused.
-    pub fn resolve_known(&self) -> Result<(), SpaceError> {
+    pub fn resolve_known(&self) -> Result<bool, SpaceError> {
         for leaf in self.shape.leaves().filter(|leaf| self.backing(*leaf) == Backing::Trapped) {
             if self.is_stopping() {
                 return Err(SpaceError::Stopping);
             }
             self.resolve_if_known(leaf)?;
         }
-        Ok(())
+        Ok(self.shape.leaves().all(|leaf| self.backing(leaf) != Backing::Trapped))
     }
 
     /// Maps a trapped leaf if what it holds can be found out without asking anybody.

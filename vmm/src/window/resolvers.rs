@@ -1,11 +1,13 @@
 //! The threads that resolve a window's faults.
 //!
 //! They own no io_uring, take no pin, make no KVM call. One that waits for another process's leaf
-//! keeps the others free: there is one more of them than can wait at one time.
+//! keeps the others free: there is one more of them than can wait at one time. Once nothing of the window
+//! can make one wait, one is enough, and the others are [sent home](Surplus::send_home).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -13,6 +15,7 @@ use rustix::io::Errno;
 
 use super::Window;
 use crate::space::{Space, SpaceError};
+use crate::words::wide;
 
 /// What to do with a fault that cannot be resolved.
 pub type OnFailure = Arc<dyn Fn(SpaceError) + Send + Sync>;
@@ -20,8 +23,35 @@ pub type OnFailure = Arc<dyn Fn(SpaceError) + Send + Sync>;
 /// Resolver threads; stopped and joined when dropped.
 pub struct Resolvers {
     space: Arc<Space<Window>>,
-    stop: Arc<OwnedFd>,
+    surplus: Surplus,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// The threads of a window's [`Resolvers`] but the last, which can be done without at some time.
+#[derive(Clone)]
+pub struct Surplus {
+    /// A semaphore: whoever takes one of it goes.
+    stop: Arc<OwnedFd>,
+    /// How many have not been told to.
+    count: Arc<AtomicU64>,
+}
+
+impl Surplus {
+    /// Has them end, as soon as they have resolved what they are at.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn send_home(&self) -> io::Result<()> {
+        // Relaxed: the number alone matters.
+        self.tell(self.count.swap(0, Ordering::Relaxed))
+    }
+
+    fn tell(&self, count: u64) -> io::Result<()> {
+        if count > 0 {
+            rustix::io::write(&*self.stop, &count.to_ne_bytes())?;
+        }
+        Ok(())
+    }
 }
 
 impl Resolvers {
@@ -30,24 +60,33 @@ impl Resolvers {
     /// # Errors
     /// The host has no thread or descriptor left.
     pub fn start(space: &Arc<Space<Window>>, count: usize, on_failure: &OnFailure) -> io::Result<Self> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let mut resolvers = Self { space: Arc::clone(space), stop, threads: Vec::new() };
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
+        let surplus = Surplus { stop: Arc::new(eventfd(0, flags)?), count: Arc::default() };
+        let mut resolvers = Self { space: Arc::clone(space), surplus, threads: Vec::new() };
         for number in 0..count {
-            let (space, stop) = (Arc::clone(space), Arc::clone(&resolvers.stop));
+            let (space, stop) = (Arc::clone(space), Arc::clone(&resolvers.surplus.stop));
             let on_failure = Arc::clone(on_failure);
             let thread = std::thread::Builder::new()
                 .name(format!("resolver {number}"))
                 .spawn(move || run(&space, &stop, &on_failure))?;
             resolvers.threads.push(thread);
         }
+        resolvers.surplus.count.store(wide(count.saturating_sub(1)), Ordering::Relaxed);
         Ok(resolvers)
+    }
+
+    /// Those that can be done without once nobody can be made to wait.
+    #[must_use]
+    pub fn surplus(&self) -> Surplus {
+        self.surplus.clone()
     }
 }
 
 impl Drop for Resolvers {
     fn drop(&mut self) {
         self.space.stop();
-        if let Err(error) = rustix::io::write(&*self.stop, &1u64.to_ne_bytes()) {
+        // One for each, also for those that have gone: nobody is left to be told too much.
+        if let Err(error) = self.surplus.tell(wide(self.threads.len())) {
             tracing::error!(%error, "resolver threads cannot be told to stop");
         }
         for thread in self.threads.drain(..) {
@@ -66,7 +105,12 @@ fn run(space: &Space<Window>, stop: &OwnedFd, on_failure: &OnFailure) {
             PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
         ];
         match poll(&mut waiting, None) {
-            Ok(_) if !waiting[1].revents().is_empty() => return,
+            Ok(_) if !waiting[1].revents().is_empty() => {
+                // Another may have been faster, and go instead.
+                if rustix::io::read(stop, &mut [0; 8]).is_ok() {
+                    return;
+                }
+            }
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
                 tracing::error!(%error, "waiting for faults failed");

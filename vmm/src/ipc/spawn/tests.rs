@@ -153,6 +153,18 @@ fn what_cannot_be_handed_over_or_adopted_is_refused() {
 }
 
 #[test]
+fn a_process_with_several_threads_is_not_copied() {
+    // The harness runs each test in a thread of its own.
+    assert!(matches!(copy_beside(), Err(SpawnError::Threads)));
+}
+
+#[test]
+fn only_a_child_is_taken_over() {
+    let parent = rustix::process::getppid().expect("a parent");
+    assert!(matches!(Child::of(parent), Err(SpawnError::Host { .. })));
+}
+
+#[test]
 fn variables_replace_what_had_their_name() {
     let variables = environment(&[("PATH", OsStr::new("x"))]).expect("environment");
     let paths: Vec<_> = variables.iter().filter(|text| text.as_bytes().starts_with(b"PATH=")).collect();
