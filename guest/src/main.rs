@@ -16,6 +16,7 @@ mod cases;
 mod checked;
 mod engine;
 mod entry;
+mod identity;
 mod memory;
 mod options;
 mod panic;

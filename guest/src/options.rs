@@ -11,8 +11,9 @@
 //! | `rate` | churn | page writes a second of each vCPU, about; 0 for no limit | 0 |
 //! | `rate` | dma | the engine's bytes per second, 0 for no limit | 0 |
 //! | `companion_rate` | dma, fork | page writes a second of the vCPUs beyond the first | 10000 |
-//! | `us` | idle | microseconds of each sleep | 100000 |
+//! | `us` | idle, identity | microseconds of each sleep | 100000, identity: 1000 |
 //! | `say` | idle | rounds between lines on the console, 0 for none | 0 |
+//! | `who` | idle | 1: say on the console who this VM is, at first and whenever it has become another one | 0 |
 //! | `wait` | idle | `sleep` (by call) or `hlt` (local APIC timer) | sleep |
 //! | `nest` | fork | levels of clones that fork in their turn | 0 |
 //! | `depth` | dma | transfers in flight, 1 to 128 | 4 |
@@ -33,7 +34,7 @@ use salp_protocol::{exit, layout};
 use crate::call;
 use crate::serial::print;
 
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "case",
     "cpus",
     "mib",
@@ -44,6 +45,7 @@ const KEYS: [&str; 19] = [
     "rate",
     "companion_rate",
     "us",
+    "who",
     "wait",
     "nest",
     "depth",

@@ -142,7 +142,7 @@ impl Observer for Consoles {
         self.end(vm, "its process is gone");
     }
 
-    fn forked(&self, _: &Forked) {}
+    fn forked(&self, _: Forked) {}
 }
 
 /// A colony whose first VM boots a Linux.

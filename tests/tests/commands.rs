@@ -135,6 +135,25 @@ fn a_colony_lives_until_its_last_vm() {
 }
 
 #[test]
+fn a_clone_says_who_it_is_and_limits_are_told() {
+    let Some(user) = User::new("commands-who") else { return };
+    let idle = "case=idle mib=1 us=10000 who=1";
+    user.run_with("a", &["--cmdline", idle, "--max-vms", "3"]);
+    user.await_console("a", |said| said.starts_with("a: clone 0, generation 0, seed 0x"));
+    user.succeed(&["fork", "a", "-n", "2"]);
+    user.await_console("a-2", |said| said.contains("a-2: clone 1, generation 1, seed 0x"));
+    user.succeed(&["reset", "a-2"]);
+    user.await_console("a-2", |said| said.contains("a-2: clone 1, generation 2, seed 0x"));
+    user.fail(&["fork", "a"], 1, &["has 3 vms, and may have 3", "--max-vms"]);
+    user.succeed(&["stop", "a-1"]);
+    user.succeed(&["fork", "a", "--name", "late"]);
+    user.await_console("late", |said| said.contains("late: clone 0, generation 1, seed 0x"));
+    ["a", "a-2", "late"].iter().for_each(|name| drop(user.succeed(&["stop", name])));
+    user.fail(&["run", "--memory", "64M", "--memory-limit", "32M"], 1, &["67108864", "--memory-limit"]);
+    user.end();
+}
+
+#[test]
 fn names_belong_to_one_vm_of_all_colonies() {
     let Some(user) = User::new("commands-names") else { return };
     user.run("a", SLEEPER);

@@ -1,9 +1,10 @@
-//! What salp and its built-in guest agree on: the memory map, ports, calls, the DMA engine's
+//! What salp and its built-in guest agree on: the memory map, ports, calls, the devices'
 //! registers and descriptors. No state, no dependencies, no `std`.
 #![no_std]
 #![warn(missing_docs)]
 
 pub mod dma;
+pub mod identity;
 
 /// Where things are in the built-in guest's physical memory.
 ///
@@ -38,6 +39,8 @@ pub mod layout {
     pub const HIGH_RAM: u64 = 0x1_0000_0000;
     /// The DMA engine's registers (one page).
     pub const DMA_REGISTERS: u64 = 0xd000_0000;
+    /// The identity device's registers (one page).
+    pub const IDENTITY_REGISTERS: u64 = DMA_REGISTERS + 0x1000;
     /// The local APIC's registers (one page, KVM's own).
     pub const LOCAL_APIC: u64 = 0xfee0_0000;
 
@@ -136,6 +139,10 @@ pub mod order {
     /// Ask for a reset ([`call::RESET`](crate::call::RESET)); result: that call's result, if it has
     /// one.
     pub const RESET: u64 = 15;
+    /// Result: the identity device's 8 bytes at offset `rdi`.
+    pub const IDENTITY_READ: u64 = 16;
+    /// Write the identity device's 8 bytes at offset `rdi` with `rsi`; result 0.
+    pub const IDENTITY_WRITE: u64 = 17;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
     /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`

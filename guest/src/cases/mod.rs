@@ -5,6 +5,7 @@ mod churn;
 mod counter;
 mod dma;
 mod fork;
+mod identity;
 mod idle;
 mod puppet;
 mod touch;
@@ -26,6 +27,7 @@ pub(crate) fn run(vcpu: u64, vcpus: u64, ram_bytes: u64) -> ! {
         Some("churn") => churn::run,
         Some("dma") => dma::run,
         Some("fork") => fork::run,
+        Some("identity") => identity::run,
         Some("idle") => idle::run,
         Some("puppet") => puppet::run,
         Some(other) => usage(format_args!("unknown case {other}")),

@@ -9,6 +9,7 @@ use salp_protocol::{call as calls, order};
 
 use crate::call::{self, Arguments};
 use crate::engine::{read_register, write_register};
+use crate::identity;
 use crate::memory::Supply;
 use crate::options::Options;
 use crate::serial::print;
@@ -45,6 +46,11 @@ fn obey(order: u64, operands: Arguments) -> u64 {
             0
         }
         order::DMA_READ => read_register(rdi),
+        order::IDENTITY_READ => identity::read(rdi),
+        order::IDENTITY_WRITE => {
+            identity::write(rdi, rsi);
+            0
+        }
         order::COUNT => count(rdi, rsi, rdx),
         order::COUNT_STRIDE => count_stride(rdi, rsi, rdx, r8),
         order::FORK => call::fork().unwrap_or(calls::FAILED),

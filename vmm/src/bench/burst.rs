@@ -19,7 +19,7 @@ const BETWEEN_BYTES: u64 = 4 << 12;
 impl Bench<'_> {
     /// The benchmark `burst`.
     pub(super) fn burst(&mut self, cell: &Cell<'_>) -> Result<(), BenchError> {
-        raise_descriptor_limit();
+        crate::keeper::raise_limits();
         let plan = self.plan;
         for count in &plan.burst {
             let runs: Vec<_> = if *count > MANY { vec![true] } else { self.runs(RUNS).collect() };
@@ -87,15 +87,5 @@ impl Bench<'_> {
         }
         self.tick();
         Ok(())
-    }
-}
-
-/// As many descriptors as this process may have: a keeper has some for each member.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
-    {
-        tracing::warn!(%error, "the limit of descriptors cannot be raised");
     }
 }

@@ -1,8 +1,8 @@
 //! The built-in guest's page tables: every byte of RAM at its own address, for ring 3.
 //!
 //! 2 MiB pages, but 4 KiB ones for the first 2 MiB, where page 0 is left out. Accessed and dirty
-//! bits are set in advance, so that walks write nothing. Device pages (the DMA engine, the local
-//! APIC) are mapped uncached, as the 2 MiB around them.
+//! bits are set in advance, so that walks write nothing. Device pages (DMA engine and identity
+//! device, the local APIC) are mapped uncached, as the 2 MiB around them.
 
 use salp_protocol::layout;
 
@@ -21,6 +21,9 @@ const LEAF: u64 = wide(LEAF_BYTES);
 const MAX_PAGES: u64 = 2 + 1 + MAX_RAM_BYTES / GIB + (layout::HIGH_RAM - layout::DEVICE_HOLE) / GIB;
 
 const _: () = assert!(TABLES + MAX_PAGES * wide(PAGE_BYTES) <= TABLES_END);
+
+// The devices' pages are in one large page.
+const _: () = assert!(layout::DMA_REGISTERS / LEAF == layout::IDENTITY_REGISTERS / LEAF);
 
 /// Bits of an entry (SDM vol. 3, table 4-15 and following).
 mod bit {

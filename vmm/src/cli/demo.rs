@@ -270,7 +270,7 @@ impl<'a> Demo<'a> {
     fn fork(&mut self, source: VmId) -> Result<(), DemoError> {
         self.check_interrupt()?;
         let forked = self.colony.fork(source, 1)?;
-        let clone = forked.clones[0];
+        let clone = forked.clones[0].clone();
         let times = self.colony.fork_times(&forked, &clone, FIRST_EXIT_LIMIT)?;
         self.forks.push((forked, clone, Some(times)));
         Ok(())
@@ -357,17 +357,8 @@ impl<'a> Demo<'a> {
     }
 
     fn pages(&self, forked: &Forked) -> Pages {
-        let after = self.colony.member(forked.source).ok();
-        let counts = after.and_then(|member| member.state().reentered.get(&forked.cut).map(|(_, c)| *c));
-        let Some(counts) = counts else { return Pages::default() };
-        let total = self.arguments.memory >> crate::words::PAGE_SHIFT;
-        let copied = forked.figures.copied_pages;
-        Pages {
-            shared: total - counts.lent - copied.min(total - counts.lent),
-            lent: counts.lent,
-            copied_in_pause: copied,
-            pinned: counts.pinned,
-        }
+        let pages = self.colony.fork_pages(forked).unwrap_or_default();
+        Pages { shared: pages.shared, lent: pages.lent, copied_in_pause: pages.copied, pinned: pages.pinned }
     }
 
     fn print(&self, report: &Report) -> Result<(), DemoError> {

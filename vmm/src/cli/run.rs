@@ -20,11 +20,15 @@ use crate::control::registry::Entry;
 use crate::control::service::{Keeper, Outcome, Settings};
 use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Source};
 use crate::ipc::spawn::{self, SpawnError};
+use crate::keeper::limits::Limits;
 use crate::kvm::{Kvm, KvmError};
 use crate::member::messages::HowEnded;
+use crate::words::index;
 
 /// The argument that makes `salp` a keeper in the background.
 pub const KEEPER_ARGUMENT: &str = "__keeper";
+/// More VMs than a host of today keeps alive.
+const MOST_VMS: i64 = 4096;
 /// The descriptor at which it says whether it could start.
 const REPORT_NUMBER: RawFd = 3;
 
@@ -53,6 +57,15 @@ pub struct RunArguments {
     /// A file that the DMA engine's storage begins with; it is never written
     #[arg(long, value_name = "FILE")]
     dma_backing: Option<PathBuf>,
+    /// The most VMs that the colony may have at one time
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_VMS))]
+    max_vms: Option<u32>,
+    /// The most vCPUs that its VMs may have together
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_cpus: Option<u32>,
+    /// The most memory that its VMs may share; without it seven tenths of what the host has free
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory_limit: Option<u64>,
     /// Run in the background: print the name when the VM runs
     #[arg(long)]
     detach: bool,
@@ -184,12 +197,22 @@ fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
         name: arguments.name.clone(),
         memory_bytes: arguments.memory,
         cpus: arguments.cpus,
+        limits: limits(arguments),
         command_line: arguments.cmdline.clone().unwrap_or_else(|| usual.to_owned()),
         kernel,
         initrd,
         dma_backing,
         is_background: arguments.detach,
     })
+}
+
+fn limits(arguments: &RunArguments) -> Limits {
+    let count = |limit: Option<u32>| limit.map(|limit| index(limit.into()));
+    Limits {
+        vms: count(arguments.max_vms),
+        cpus: count(arguments.max_cpus),
+        memory_bytes: arguments.memory_limit,
+    }
 }
 
 /// The absolute path of a file that can be read.

@@ -165,6 +165,8 @@ impl ControlError {
             Self::NotResettable { .. } => (409, "not-resettable"),
             Self::BadName(_) => (422, "bad-name"),
             Self::Count(_) => (422, "bad-count"),
+            Self::Colony(ColonyError::Limit(_)) => (409, "limit-reached"),
+            Self::Colony(ColonyError::Identity(_)) => (422, "bad-identity"),
             Self::Ending => (503, "colony-ending"),
             Self::Protocol(_) => (400, "bad-request"),
             _ => (500, "failed"),

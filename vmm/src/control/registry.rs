@@ -9,8 +9,10 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
 use super::console::Console;
+use super::place::Place;
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
+use crate::keeper::ColonyError;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
 use crate::member::messages::HowEnded;
@@ -61,13 +63,15 @@ struct Inner {
 pub struct Registry {
     inner: Mutex<Inner>,
     happenings: Sender<Happening>,
+    place: Place,
+    socket: String,
 }
 
 impl Registry {
-    /// An empty one, that tells what happens.
+    /// An empty one, that tells what happens. Names that it takes for clones are of the colony at `socket`.
     #[must_use]
-    pub fn new(happenings: Sender<Happening>) -> Self {
-        Self { inner: Mutex::default(), happenings }
+    pub fn new(happenings: Sender<Happening>, place: Place, socket: String) -> Self {
+        Self { inner: Mutex::default(), happenings, place, socket }
     }
 
     /// Tells the main thread.
@@ -200,7 +204,23 @@ impl Observer for Registry {
         self.tell(Happening::Ended(None));
     }
 
-    fn forked(&self, forked: &Forked) {
-        self.tell(Happening::Forked(forked.clone()));
+    fn name_clone(&self, source: VmId) -> Result<Option<String>, ColonyError> {
+        let nameless = |error: ControlError| ColonyError::Nameless(error.to_string());
+        let source = self.of(source).ok_or(ColonyError::NoVm(source))?;
+        let locked = self.place.lock().map_err(nameless)?;
+        let names = locked.free_names(&source.name, 1);
+        locked.claim(&names, &self.socket).map_err(nameless)?;
+        Ok(names.into_iter().next())
+    }
+
+    fn forget_name(&self, name: &str) {
+        match self.place.lock() {
+            Ok(locked) => locked.release(&[name.to_owned()]),
+            Err(error) => tracing::error!(%name, %error, "a name stays taken"),
+        }
+    }
+
+    fn forked(&self, forked: Forked) {
+        self.tell(Happening::Forked(forked));
     }
 }

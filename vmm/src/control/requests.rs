@@ -16,6 +16,7 @@ use super::{
     ResetView, StateRequest, StopReply, VmList, VmState, VmView, WantedState, lock,
 };
 use crate::family::{FamilyError, VmId};
+use crate::keeper::spec::ForkSpec;
 use crate::keeper::{Colony, ColonyError};
 use crate::member::messages::ResetReply;
 
@@ -302,7 +303,11 @@ impl Service {
     ) -> Result<Vec<CloneView>, ControlError> {
         let names = self.claim_clones(&source.name, request.name.as_deref(), count)?;
         let consoles = self.create_consoles(&names)?;
-        let forked = match colony.fork(source.vm, count) {
+        let mut spec = ForkSpec::plain(count);
+        for (clone, name) in spec.clones.iter_mut().zip(&names) {
+            clone.name = Some(name.clone());
+        }
+        let forked = match colony.fork_as(source.vm, &spec) {
             Ok(forked) => forked,
             Err(error) => {
                 self.place.lock()?.release(&names);

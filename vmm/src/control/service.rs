@@ -22,6 +22,7 @@ use super::terminal::{self, Over, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::Forked;
+use crate::keeper::limits::Limits;
 use crate::keeper::observe::Observer;
 use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::Irqchip;
@@ -42,6 +43,9 @@ pub struct Settings {
     pub kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk.
     pub initrd: Option<PathBuf>,
+    /// How much there may be of all VMs of the colony.
+    #[serde(default)]
+    pub limits: Limits,
     /// The file that the DMA engine's backing begins with.
     pub dma_backing: Option<PathBuf>,
     /// The keeper is no terminal's: its errors go to a file beside the socket.
@@ -59,6 +63,8 @@ pub struct Outcome {
     pub last_output: Option<String>,
 }
 
+/// Members beyond the VMs that a colony may have: its pool, and VMs that have just ended.
+const SPARE_MEMBERS: u32 = 16;
 /// How long a VM's end may take.
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long those who are being answered may take to read the rest.
@@ -125,10 +131,10 @@ impl Keeper {
     /// The name is taken, or the host refused something. Nothing is left behind.
     pub fn start(settings: Settings) -> Result<Self, ControlError> {
         let (sender, happenings) = channel();
-        let registry = Arc::new(Registry::new(sender));
-        watch_signals(&registry)?;
         let place = Place::of_user();
         let socket = Place::socket_name(std::process::id());
+        let registry = Arc::new(Registry::new(sender, place.clone(), socket.clone()));
+        watch_signals(&registry)?;
         let locked = place.lock()?;
         let prepared = locked.listen(&socket).and_then(|listener| {
             claim_root(&locked, settings.name.clone(), &socket).map(|name| (listener, name))
@@ -144,7 +150,7 @@ impl Keeper {
         let colony = Colony::new(config(&settings)?)?;
         let observer: Weak<Registry> = Arc::downgrade(&registry);
         colony.observe(observer as Weak<dyn Observer>);
-        let root = boot(&colony, &settings)?;
+        let root = boot(&colony, &name, &settings)?;
         // A guest that has ended already has no member any more only if its process was killed.
         let pid = colony.member(root).map_or(0, |member| member.process());
         registry.add(Entry { name, vm: root, parent: None, pid, state: VmState::Running, console });
@@ -316,7 +322,7 @@ impl Service {
         *lock(&self.under_way) == 0 && colony.vms().iter().all(|vm| self.registry.has_ended(*vm))
     }
 
-    /// Gives the clones of a guest's own fork names and consoles.
+    /// Gives the clones of a guest's own fork consoles.
     fn name_clones(&self, forked: &Forked) {
         if let Err(error) = self.try_name_clones(forked) {
             tracing::error!(%error, "a clone that a guest has asked for has no name");
@@ -325,10 +331,10 @@ impl Service {
 
     fn try_name_clones(&self, forked: &Forked) -> Result<(), ControlError> {
         let Some(source) = self.registry.of(forked.source) else { return Err(ControlError::Ending) };
-        let names = self.claim_clones(&source.name, None, forked.clones.len())?;
-        let consoles = self.create_consoles(&names)?;
         let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
         let colony = colony.as_ref().ok_or(ControlError::Ending)?;
+        let names: Vec<_> = forked.clones.iter().map(|clone| clone.name.clone()).collect();
+        let consoles = self.create_consoles(&names)?;
         for (clone, console) in forked.clones.iter().zip(consoles) {
             self.add_clone(colony, clone.vm, &source.name, console);
         }
@@ -378,6 +384,7 @@ impl Service {
         let pid = colony.member(vm).map_or(0, |member| member.process());
         let parent = Some(source.to_owned());
         self.registry.add(Entry { name, vm, parent, pid, state: VmState::Running, console });
+        self.registry.note_pause(vm, || colony.is_paused(vm).unwrap_or(false));
     }
 }
 
@@ -443,6 +450,11 @@ fn redirect_errors(path: PathBuf) -> Result<(), ControlError> {
 fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
     let mut config = ColonyConfig::new(MemoryShape::new(settings.memory_bytes)?);
     config.vcpus = settings.cpus;
+    config.limits = settings.limits;
+    if let Some(vms) = settings.limits.vms.and_then(|vms| u32::try_from(vms).ok()) {
+        // Some have ended, and others need their pages.
+        config.members = config.members.max(vms + vms / 4 + SPARE_MEMBERS);
+    }
     if settings.kernel.is_some() {
         config.irqchip = Irqchip::Full;
     }
@@ -452,11 +464,13 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
     Ok(config)
 }
 
-fn boot(colony: &Colony, settings: &Settings) -> Result<VmId, ControlError> {
-    let Some(kernel) = &settings.kernel else { return Ok(colony.boot(&settings.command_line)?) };
+fn boot(colony: &Colony, name: &str, settings: &Settings) -> Result<VmId, ControlError> {
+    let Some(kernel) = &settings.kernel else {
+        return Ok(colony.boot_as(Some(name), &settings.command_line)?);
+    };
     let image = open(kernel)?;
     let initrd = settings.initrd.as_deref().map(open).transpose()?;
-    match colony.boot_image(&image, initrd.as_ref(), &settings.command_line) {
+    match colony.boot_image_as(Some(name), &image, initrd.as_ref(), &settings.command_line) {
         Err(ColonyError::Refused { reason, .. }) => {
             Err(ControlError::Kernel { path: kernel.clone(), reason })
         }

@@ -4,6 +4,7 @@ use salp_protocol::{layout, port};
 
 use super::dma::DmaEngine;
 use super::exit::ExitPort;
+use super::identity::IdentityDevice;
 use super::serial::{SERIAL_PORTS, SerialPort};
 use crate::words::{Gpa, PAGE_BYTES, wide};
 
@@ -25,6 +26,19 @@ pub struct Bus {
     pub exit: ExitPort,
     /// At [`layout::DMA_REGISTERS`], if this VM has one.
     pub dma: Option<DmaEngine>,
+    /// At [`layout::IDENTITY_REGISTERS`].
+    pub identity: IdentityDevice,
+}
+
+/// Whose page of registers an address is in, and where in it.
+enum Registers<'a> {
+    Dma(&'a DmaEngine, u64),
+    Identity(&'a IdentityDevice, u64),
+    Nobodys,
+}
+
+fn page_offset(gpa: Gpa, page: u64) -> Option<u64> {
+    gpa.0.checked_sub(page).filter(|offset| *offset < wide(PAGE_BYTES))
 }
 
 // All vCPUs of a VM use one bus.
@@ -60,27 +74,36 @@ impl Bus {
         Claim::Nobody
     }
 
-    fn dma_at(&self, gpa: Gpa) -> Option<(&DmaEngine, u64)> {
-        let offset = gpa.0.checked_sub(layout::DMA_REGISTERS)?;
-        (offset < wide(PAGE_BYTES)).then_some((self.dma.as_ref()?, offset))
+    fn registers_at(&self, gpa: Gpa) -> Registers<'_> {
+        if let Some(offset) = page_offset(gpa, layout::IDENTITY_REGISTERS) {
+            return Registers::Identity(&self.identity, offset);
+        }
+        match (&self.dma, page_offset(gpa, layout::DMA_REGISTERS)) {
+            (Some(dma), Some(offset)) => Registers::Dma(dma, offset),
+            _ => Registers::Nobodys,
+        }
     }
 
     /// A vCPU loads from an address without memory.
     pub fn mmio_read(&self, gpa: Gpa, into: &mut [u8]) -> Claim {
-        let Some((dma, offset)) = self.dma_at(gpa) else {
-            into.fill(0xff);
-            return Claim::Nobody;
-        };
-        dma.mmio_read(offset, into);
+        match self.registers_at(gpa) {
+            Registers::Dma(dma, offset) => dma.mmio_read(offset, into),
+            Registers::Identity(identity, offset) => identity.mmio_read(offset, into),
+            Registers::Nobodys => {
+                into.fill(0xff);
+                return Claim::Nobody;
+            }
+        }
         Claim::Taken
     }
 
     /// A vCPU stores to an address without memory.
     pub fn mmio_write(&self, gpa: Gpa, from: &[u8]) -> Claim {
-        let Some((dma, offset)) = self.dma_at(gpa) else {
-            return Claim::Nobody;
-        };
-        dma.mmio_write(offset, from);
+        match self.registers_at(gpa) {
+            Registers::Dma(dma, offset) => dma.mmio_write(offset, from),
+            Registers::Identity(identity, offset) => identity.mmio_write(offset, from),
+            Registers::Nobodys => return Claim::Nobody,
+        }
         Claim::Taken
     }
 }
@@ -94,6 +117,7 @@ mod tests {
     use super::*;
     use crate::devices::dma::BackingKind;
     use crate::devices::gate::CompletionGate;
+    use crate::devices::identity::{Identity, IdentityInterrupt, IdentityState};
     use crate::devices::testing::{CountingLine, SharedSink, TestRam};
 
     #[test]
@@ -101,10 +125,14 @@ mod tests {
         let (gate, sink) = (CompletionGate::new(), SharedSink::default());
         let ram = Arc::new(TestRam::new(0, 1));
         let dma = DmaEngine::new(ram, CountingLine::new(), BackingKind::Lost, gate.clone());
+        let who = Identity { name: "a".to_owned(), ..Identity::default() };
+        let wire = IdentityInterrupt { line: CountingLine::new(), pin: None };
+        let identity = IdentityDevice::new(&who, IdentityState::default(), wire, Box::new(|_| ()));
         let bus = Bus {
             serial: SerialPort::new(Box::new(sink.clone()), None, gate),
             exit: ExitPort::new(),
             dma: Some(dma),
+            identity: identity.expect("a device"),
         };
         assert_eq!(bus.port_write(port::SERIAL, b"s"), Claim::Taken);
         assert_eq!(sink.bytes(), b"s");
@@ -117,7 +145,10 @@ mod tests {
         let identity = Gpa(layout::DMA_REGISTERS + register::IDENTITY);
         assert_eq!(bus.mmio_read(identity, &mut word), Claim::Taken);
         assert_eq!(u64::from_le_bytes(word), MAGIC);
+        let magic = Gpa(layout::IDENTITY_REGISTERS);
+        assert_eq!(bus.mmio_read(magic, &mut word), Claim::Taken);
+        assert_eq!(u64::from_le_bytes(word), salp_protocol::identity::MAGIC);
         assert_eq!(bus.mmio_write(Gpa(layout::DMA_REGISTERS - 8), &word), Claim::Nobody);
-        assert_eq!(bus.mmio_read(Gpa(layout::DMA_REGISTERS + 4096), &mut word), Claim::Nobody);
+        assert_eq!(bus.mmio_read(Gpa(layout::IDENTITY_REGISTERS + 4096), &mut word), Claim::Nobody);
     }
 }

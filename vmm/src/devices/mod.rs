@@ -9,6 +9,7 @@
 //! | [`memory`] | pinned guest memory, and every move of bytes to or from it |
 //! | [`backing`] | layered storage: a clone sees what its source had at the cut, never more |
 //! | [`dma`] | the DMA engine |
+//! | [`identity`] | who this VM is |
 //! | [`serial`], [`exit`] | the 16550 and the exit port |
 //! | [`bus`] | which port or address belongs to whom |
 //!
@@ -21,6 +22,7 @@ pub mod bus;
 pub mod dma;
 pub mod exit;
 pub mod gate;
+pub mod identity;
 pub mod memory;
 pub mod serial;
 #[cfg(test)]

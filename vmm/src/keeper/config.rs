@@ -4,6 +4,9 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::limits::Limits;
 use crate::arena_files::ArenaChoice;
 use crate::kvm::Irqchip;
 use crate::member::messages::{GuestKind, Publication};
@@ -29,8 +32,10 @@ pub struct ColonyConfig {
     pub is_resettable: bool,
     /// Members kept ready.
     pub pool: usize,
-    /// Members at one time.
+    /// Members at one time: VMs, those that have ended and whose pages others need, and the pool.
     pub members: u32,
+    /// How much of all there may be.
+    pub limits: Limits,
     /// Where shared frames live.
     pub arena: ArenaChoice,
     /// Size of the DMA engine's backing, in bytes.
@@ -55,6 +60,7 @@ impl ColonyConfig {
             is_resettable: true,
             pool: 2,
             members: 256,
+            limits: Limits::default(),
             arena: ArenaChoice::Best,
             backing_bytes: 64 << 20,
             backing_base: None,
@@ -63,10 +69,27 @@ impl ColonyConfig {
     }
 }
 
-/// Seven tenths of what the host has free now: beyond that, arena pages would push guests out.
+/// The limit; without one seven tenths of what the host has free now: beyond that, arena pages would push
+/// guests out.
 pub(super) fn arena_budget_bytes(config: &ColonyConfig) -> u64 {
+    if let Some(limit_bytes) = config.limits.memory_bytes {
+        return limit_bytes;
+    }
     let available = available_memory_bytes().unwrap_or(4 << 30);
     (available / 10 * 7).max(config.memory.ram_bytes()).max(64 << 20)
+}
+
+/// Has this process, and so its members, open as many files and lock as much memory as its user may: a
+/// keeper has some descriptors for each VM and each cut, a DMA engine's registered buffers are locked.
+pub fn raise_limits() {
+    for resource in [Resource::Nofile, Resource::Memlock] {
+        let limit = getrlimit(resource);
+        if limit.current != limit.maximum
+            && let Err(error) = setrlimit(resource, Rlimit { current: limit.maximum, ..limit })
+        {
+            tracing::warn!(?resource, %error, "a limit of this process stays as it is");
+        }
+    }
 }
 
 /// `MemAvailable` of the host.

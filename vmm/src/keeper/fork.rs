@@ -1,41 +1,50 @@
-//! A fork: one cut, any number of clones.
+//! A fork: one cut, any number of clones, each with a result of its own.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
 
+use super::limits::Admission;
 use super::member_handle::{Asked, MemberHandle};
 use super::pause::Still;
+use super::spec::{CloneSpec, ForkSpec, Missing};
 use super::steward::Job;
 use super::{Colony, ColonyError, Shared, borrow};
-use crate::family::VmId;
+use crate::family::{Family, VmId};
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
 use crate::member::messages::{CutReply, CutTimes, Description, EncodedSnapshot, Order, Reply};
 use crate::space::CutFigures;
 
 /// A clone, and when the order to run it was given.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Cloned {
-    /// Its name.
+    /// Its number.
     pub vm: VmId,
-    /// In nanoseconds of `CLOCK_MONOTONIC`.
+    /// Its name.
+    pub name: String,
+    /// Its place among those that were wanted.
+    pub position: usize,
+    /// In nanoseconds of `CLOCK_MONOTONIC`; where it is to begin paused, when it could have run.
     pub running_at: u64,
     /// What its memory took: tables and window, in nanoseconds.
     pub memory_ns: u64,
 }
 
 /// What a fork did.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Forked {
     /// The cut.
     pub cut: CutId,
     /// The source.
     pub source: VmId,
-    /// The clones.
+    /// The clones, in the order in which they were wanted: at least one, if any was.
     pub clones: Vec<Cloned>,
+    /// Those that could not be had, in the same order.
+    pub missing: Vec<Missing>,
     /// When the fork was asked for, in nanoseconds of `CLOCK_MONOTONIC`.
     pub asked_at: u64,
     /// Structure and files were reserved.
@@ -113,12 +122,22 @@ impl Stages {
 }
 
 impl Colony {
-    /// Takes a cut of a VM and starts `count` clones from it.
+    /// Takes a cut of a VM and starts `count` clones from it that run at once: all of them, or none.
     ///
     /// # Errors
     /// The VM does not exist, or something could not be had: the VM runs on.
     pub fn fork(&self, vm: VmId, count: usize) -> Result<Forked, ColonyError> {
-        self.shared.fork(vm, count, None)
+        self.fork_as(vm, &ForkSpec::plain(count))
+    }
+
+    /// Takes a cut of a VM and starts the clones that are wanted. One that cannot be had is told in
+    /// [`Forked::missing`].
+    ///
+    /// # Errors
+    /// The VM does not exist, a clone cannot be told what it is to be told, or no clone could be had (or
+    /// not all, where there are to be all or none): the VM runs on.
+    pub fn fork_as(&self, vm: VmId, spec: &ForkSpec) -> Result<Forked, ColonyError> {
+        self.shared.fork(vm, spec, None)
     }
 
     /// How long a fork took, for one of its clones: waits until its first exit is known.
@@ -195,36 +214,40 @@ impl Shared {
     pub(super) fn fork(
         self: &Arc<Self>,
         source: VmId,
-        count: usize,
+        spec: &ForkSpec,
         asked_by: Option<usize>,
     ) -> Result<Forked, ColonyError> {
+        spec.check()?;
         let asked_at = monotonic_ns();
         let member = self.member(source)?;
+        self.check_room()?;
         // Until the cut is committed: the base of the next one is the table that this one leaves.
         let mut still = member.changing();
-        let members = self.take_members(count)?;
+        let (members, admission) = self.take_members(spec)?;
         let (taken, moments) = match self.still_cut(&member, &mut still) {
             Some(taken) => (taken, Moments::of_nothing(monotonic_ns())),
             None => match self.take_new_cut(&member, asked_by, &mut still) {
                 Ok(taken) => taken,
                 Err(error) => {
-                    members.into_iter().for_each(|member| self.give_back(member));
+                    self.give_all_back(members);
                     return Err(error);
                 }
             },
         };
         let is_held_on = still.is_some();
         drop(still);
-        let clones = self.start_clones(source, &taken, members);
+        let started = self.start_clones((source, &taken), spec, members, &admission);
         if !is_held_on {
             self.lock().family.let_go_of_cut(taken.cut);
         }
         self.post(Job::Sweep);
         self.fill_pool_later();
+        let (clones, missing) = started?;
         Ok(Forked {
             cut: taken.cut,
             source,
-            clones: clones?,
+            clones,
+            missing,
             asked_at,
             reserved_at: moments.reserved_at,
             cut_at: moments.cut_at,
@@ -279,19 +302,67 @@ impl Shared {
         Ok((taken, moments))
     }
 
-    /// Members for `count` clones, before anything else is done: all or none.
-    fn take_members(self: &Arc<Self>, count: usize) -> Result<Vec<Arc<MemberHandle>>, ColonyError> {
-        let mut members = Vec::new();
-        for _ in 0..count {
-            match self.take_member() {
-                Ok(member) => members.push(member),
-                Err(error) => {
-                    members.into_iter().for_each(|member| self.give_back(member));
-                    return Err(error);
-                }
+    /// A member for each clone, before anything else is done; or why there is none. At least one, if any is
+    /// wanted.
+    fn take_members(self: &Arc<Self>, spec: &ForkSpec) -> Result<(Vec<Had>, Admission<'_>), ColonyError> {
+        let wanted = spec.clones.len();
+        let (admission, refusal) = self.admit(wanted);
+        let count = admission.left();
+        if let Some(refusal) = &refusal
+            && (count == 0 || spec.is_all_or_none)
+        {
+            return Err(refusal.clone().into());
+        }
+        let mut members: Vec<Had> = self.take_pooled(count).into_iter().map(Ok).collect();
+        members.extend(self.make_members(count - members.len(), spec));
+        if let Some(refusal) = refusal {
+            members.resize_with(wanted, || Err(refusal.clone().into()));
+        }
+        let is_enough = if spec.is_all_or_none { members.iter().all(Had::is_ok) } else { wanted == 0 };
+        if is_enough || members.iter().any(Had::is_ok) && !spec.is_all_or_none {
+            return Ok((members, admission));
+        }
+        Err(self.give_all_back(members).unwrap_or(ColonyError::Members(self.config.members)))
+    }
+
+    /// Gives members back, and returns why the first one that is missing is.
+    fn give_all_back(&self, members: Vec<Had>) -> Option<ColonyError> {
+        let (mut first, mut leaving) = (None, Vec::new());
+        for member in members {
+            match member {
+                Ok(member) => leaving.extend(self.give_back(member)),
+                Err(error) => first = first.or(Some(error)),
             }
         }
-        Ok(members)
+        leaving.iter().for_each(|member| member.wait_end());
+        first
+    }
+
+    /// Makes members, some at the same time. Where there are to be all or none, the first that cannot be
+    /// made is the last that is tried.
+    fn make_members(self: &Arc<Self>, count: usize, spec: &ForkSpec) -> Vec<Had> {
+        let next = AtomicUsize::new(0);
+        let make = || {
+            let mut made = Vec::new();
+            // Relaxed: it only hands out turns.
+            while next.fetch_add(1, Ordering::Relaxed) < count {
+                let member = self.take_member();
+                if member.is_err() && spec.is_all_or_none {
+                    next.store(count, Ordering::Relaxed);
+                }
+                made.push(member);
+            }
+            made
+        };
+        std::thread::scope(|scope| {
+            let helpers = spec.at_once.get().min(count).saturating_sub(1);
+            let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(make)).collect();
+            let mut made = make();
+            for helper in helpers {
+                made.extend(helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            made
+        })
     }
 
     fn take_cut(
@@ -316,49 +387,65 @@ impl Shared {
         }
     }
 
-    /// All of them, or none: if one cannot be started, all are killed.
+    /// Makes members clones. What becomes of one is nothing to the others, unless there are to be all or
+    /// none.
     fn start_clones(
         self: &Arc<Self>,
-        source: VmId,
-        taken: &Taken,
-        members: Vec<Arc<MemberHandle>>,
-    ) -> Result<Vec<Cloned>, ColonyError> {
+        (source, taken): (VmId, &Taken),
+        spec: &ForkSpec,
+        members: Vec<Had>,
+        admission: &Admission<'_>,
+    ) -> Result<(Vec<Cloned>, Vec<Missing>), ColonyError> {
+        let (mut started, mut missing) = (Vec::new(), Vec::new());
+        let mut had = Vec::new();
+        for (position, (member, wanted)) in members.into_iter().zip(&spec.clones).enumerate() {
+            match member {
+                Ok(member) => had.push((Wanted { position, spec: wanted, admission }, member)),
+                Err(error) => missing.push(Missing { position, error }),
+            }
+        }
         // All are told before the first is waited for.
-        let begun: Vec<_> = members.iter().map(|member| self.begin_clone(source, taken, member)).collect();
-        let mut started: Vec<(Cloned, Arc<MemberHandle>)> = Vec::new();
-        let mut failed = None;
-        for (member, begun) in members.iter().zip(begun) {
+        let begun: Vec<_> =
+            had.iter().map(|(wanted, member)| self.begin_clone(source, taken, *wanted, member)).collect();
+        for ((wanted, member), begun) in had.iter().zip(begun) {
+            let position = wanted.position;
             match begun.and_then(Begun::wait) {
                 Ok(clone) => started.push((clone, Arc::clone(member))),
                 // A clone whose member dies before it runs is taken over by another, once.
-                Err(ColonyError::Died(_)) if failed.is_none() => match self.start_other(source, taken) {
+                Err(ColonyError::Died(_)) => match self.start_other(source, taken, *wanted) {
                     Ok(other) => started.push(other),
-                    Err(error) => failed = Some(error),
+                    Err(error) => missing.push(Missing { position, error }),
                 },
                 Err(error) => {
                     member.kill();
                     member.wait_end();
-                    failed.get_or_insert(error);
+                    missing.push(Missing { position, error });
                 }
             }
         }
-        match failed {
-            None => Ok(started.into_iter().map(|(clone, _)| clone).collect()),
-            Some(error) => {
-                started.iter().for_each(|(_, member)| member.kill());
-                started.iter().for_each(|(_, member)| member.wait_end());
-                Err(error)
-            }
+        let is_failed = if spec.is_all_or_none { !missing.is_empty() } else { started.is_empty() };
+        missing.sort_by_key(|missing| missing.position);
+        if is_failed && !missing.is_empty() {
+            started.iter().for_each(|(_, member)| member.kill());
+            started.iter().for_each(|(_, member)| member.wait_end());
+            return Err(missing.swap_remove(0).error);
         }
+        Ok((started.into_iter().map(|(clone, _)| clone).collect(), missing))
     }
 
     fn start_other(
         self: &Arc<Self>,
         source: VmId,
         taken: &Taken,
+        wanted: Wanted<'_>,
     ) -> Result<(Cloned, Arc<MemberHandle>), ColonyError> {
+        let (admission, refusal) = self.admit(1);
+        if let Some(refusal) = refusal {
+            return Err(refusal.into());
+        }
         let member = self.take_member()?;
-        let clone = self.begin_clone(source, taken, &member).and_then(Begun::wait);
+        let wanted = Wanted { admission: &admission, ..wanted };
+        let clone = self.begin_clone(source, taken, wanted, &member).and_then(Begun::wait);
         if clone.is_err() {
             member.kill();
             member.wait_end();
@@ -371,37 +458,64 @@ impl Shared {
         &self,
         source: VmId,
         taken: &Taken,
+        wanted: Wanted<'_>,
         member: &'a Arc<MemberHandle>,
     ) -> Result<Begun<'a>, ColonyError> {
         let is_resettable = self.config.is_resettable;
+        let is_paused = wanted.spec.is_paused;
         let begun = monotonic_ns();
-        let vm = self.give_role(member, Some(source), |family, slot| {
-            family.clone_vm(taken.cut, slot, is_resettable)
-        })?;
+        // Before it has a name by which it can be resumed.
+        member.is_paused.store(is_paused, Ordering::SeqCst);
+        let make = |family: &mut Family, slot| family.clone_vm(taken.cut, slot, is_resettable);
+        let (vm, identity) = self.give_role(member, Some(source), (wanted.spec, wanted.admission), make)?;
         let tables_ns = monotonic_ns() - begun;
-        let order = Order::Become { vm, cut: taken.cut, snapshot: taken.snapshot.clone() };
+        let name = identity.name.clone();
+        let snapshot = taken.snapshot.clone();
+        let order = Order::Become { vm, identity, is_paused, cut: taken.cut, snapshot };
         // The base of the DMA engine's backing first, as at the boot.
         let base = self.config.backing_base.iter().map(|file| file.as_fd());
         let descriptors: Vec<_> = base.chain(borrow(&taken.extents)).collect();
-        Ok(Begun { vm, tables_ns, asked: member.begin(order, &descriptors)? })
+        Ok(Begun {
+            vm,
+            name,
+            position: wanted.position,
+            tables_ns,
+            asked: member.begin(order, &descriptors)?,
+        })
     }
+}
+
+/// A member for a clone, or why there is none.
+type Had = Result<Arc<MemberHandle>, ColonyError>;
+
+/// A clone that is wanted, and its place among them.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    position: usize,
+    spec: &'a CloneSpec,
+    admission: &'a Admission<'a>,
 }
 
 /// A clone that has been told to run.
 struct Begun<'a> {
     vm: VmId,
+    name: String,
+    position: usize,
     tables_ns: u64,
     asked: Asked<'a>,
 }
 
 impl Begun<'_> {
     fn wait(self) -> Result<Cloned, ColonyError> {
-        let vm = self.vm;
         match self.asked.wait()? {
-            Reply::Running { at, window_ns } => {
-                Ok(Cloned { vm, running_at: at, memory_ns: self.tables_ns + window_ns })
-            }
-            _ => Err(ColonyError::unexpected(vm)),
+            Reply::Running { at, window_ns } => Ok(Cloned {
+                vm: self.vm,
+                name: self.name,
+                position: self.position,
+                running_at: at,
+                memory_ns: self.tables_ns + window_ns,
+            }),
+            _ => Err(ColonyError::unexpected(self.vm)),
         }
     }
 }

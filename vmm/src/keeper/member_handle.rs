@@ -16,6 +16,7 @@ use rustix::process::Pid;
 use super::pause::Still;
 use super::steward::Job;
 use super::{ANSWER_LIMIT, ColonyError, Shared};
+use crate::devices::identity::Identity;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::ipc::{Channel, spawn};
@@ -37,6 +38,8 @@ pub struct MemberState {
     pub reentered: BTreeMap<CutId, (u64, PageCounts)>,
     /// The cuts that this VM has published all of. (One that nobody needed before that is not here.)
     pub finished_cuts: BTreeSet<CutId>,
+    /// The generation in which the guest has said that it knows who it is.
+    pub ready: Option<u64>,
     /// The guest's run has ended: status and text.
     pub ended: Option<(Option<u32>, String)>,
     /// The last reset.
@@ -59,6 +62,7 @@ impl MemberState {
         self.progress = Progress::default();
         self.puppet_results.clear();
         self.first_exit = None;
+        self.ready = None;
         self.ended = None;
     }
 }
@@ -74,7 +78,7 @@ type Answer = Result<(Reply, Vec<OwnedFd>), String>;
 /// See the module.
 pub struct MemberHandle {
     slot: u32,
-    vm: OnceLock<VmId>,
+    role: OnceLock<(VmId, Identity)>,
     channel: Channel,
     child: spawn::Child,
     next_number: AtomicU64,
@@ -110,7 +114,7 @@ impl MemberHandle {
         }
         let handle = Arc::new(Self {
             slot,
-            vm: OnceLock::new(),
+            role: OnceLock::new(),
             channel,
             child,
             next_number: AtomicU64::new(0),
@@ -159,19 +163,24 @@ impl MemberHandle {
     }
 
     /// Gives the member its VM's name, once. Under the keeper's lock, see `Shared::give_role`.
-    pub(super) fn name(&self, vm: VmId) {
-        let named = self.vm.get_or_init(|| vm);
+    pub(super) fn name(&self, vm: VmId, identity: &Identity) {
+        let (named, _) = self.role.get_or_init(|| (vm, identity.clone()));
         debug_assert!(*named == vm, "a member is one vm in its life");
     }
 
     /// The VM's name; 0 before it is one.
     pub fn vm(&self) -> VmId {
-        self.vm.get().copied().unwrap_or(VmId(0))
+        self.named().unwrap_or(VmId(0))
+    }
+
+    /// What the VM was told of itself, if the member is one.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.role.get().map(|(_, identity)| identity)
     }
 
     /// The VM's name, if it is one.
     pub(super) fn named(&self) -> Option<VmId> {
-        self.vm.get().copied()
+        self.role.get().map(|(vm, _)| *vm)
     }
 
     /// Whether the process exists.
@@ -341,6 +350,7 @@ impl MemberHandle {
                 state.reports += 1;
             }
             Event::Puppet { vcpu, result } => state.puppet_results.push((vcpu, result)),
+            Event::IsReady { generation } => state.ready = Some(generation),
             Event::ForkAsked { vcpu } => post(Job::ForkAsked { vm: self.vm(), vcpu }),
             Event::ResetAsked { vcpu } => post(Job::ResetAsked { vm: self.vm(), vcpu }),
             Event::Restarting => {

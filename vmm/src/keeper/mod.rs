@@ -7,11 +7,13 @@
 //! | module | what |
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
+//! | [`spec`] | what a fork is to make |
 //! | [`fork`] | a cut and its clones |
 //! | [`config`] | what a colony is made of, and what its host has |
+//! | [`limits`] | how much of it there may be |
 //! | [`pause`] | VMs that stand still, and cuts that are used again |
 //! | [`reset`] | a clone's return to its cut |
-//! | [`image`] | kernels that are not the built-in one |
+//! | [`boot`] | first VMs: the built-in guest, or another kernel |
 //! | `nursery` | has members made |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`checker`] | the whole state, recomputed |
@@ -20,15 +22,17 @@
 //! # Locks
 //! `inner` (family, names, files) is never held while a member is asked something.
 
+mod boot;
 pub mod checker;
 mod config;
 pub mod fork;
-mod image;
+pub mod limits;
 pub mod member_handle;
 mod nursery;
 pub mod observe;
 mod pause;
 mod reset;
+pub mod spec;
 pub mod steward;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -41,14 +45,17 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use self::config::{ColonyConfig, available_memory_bytes};
+pub use self::config::{ColonyConfig, available_memory_bytes, raise_limits};
 
 use self::config::arena_budget_bytes;
+use self::limits::Admission;
 use self::member_handle::MemberHandle;
 use self::nursery::Wish;
+use self::spec::CloneSpec;
 use self::steward::Job;
 use crate::arena_files::{ArenaDir, ArenaError};
 use crate::board::{Board, BoardShape};
+use crate::devices::identity::{Identity, IdentityError};
 use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
@@ -97,12 +104,29 @@ pub enum ColonyError {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// A guest has not said that it knows who it is.
+    #[error("{vm} is not ready: {why}")]
+    NotReady {
+        /// Whose guest.
+        vm: VmId,
+        /// Why not.
+        why: String,
+    },
     /// There is no such VM.
     #[error("{0} does not exist")]
     NoVm(VmId),
     /// All places for members are taken.
-    #[error("all {0} places for vms are taken")]
+    #[error("all {0} places for vms are taken: stop one, or run the colony with --max-vms")]
     Members(u32),
+    /// A limit is in the way.
+    #[error("{0}")]
+    Limit(#[from] limits::LimitError),
+    /// What a clone is to be told.
+    #[error("{0}")]
+    Identity(#[from] IdentityError),
+    /// No name could be had for a clone.
+    #[error("a clone gets no name: {0}")]
+    Nameless(String),
     /// The host refused a thread or descriptor.
     #[error("{0}")]
     Host(#[from] std::io::Error),
@@ -130,6 +154,8 @@ struct Inner {
     pool: VecDeque<Arc<MemberHandle>>,
     /// Members being made.
     growing: usize,
+    /// VMs that are promised and not made.
+    promised: usize,
     free_slots: BTreeSet<u32>,
     /// Each cut's block file and patch file.
     files: BTreeMap<CutId, [OwnedFd; 2]>,
@@ -168,6 +194,7 @@ impl Colony {
     /// # Errors
     /// The host has no room for the board or the arena.
     pub fn new(config: ColonyConfig) -> Result<Self, ColonyError> {
+        raise_limits();
         let leaves = config.memory.span_leaves();
         let members = config.members;
         // A cut a member and its retries; tables and records in proportion. Untouched parts cost nothing.
@@ -189,6 +216,7 @@ impl Colony {
             images: BTreeMap::new(),
             pool: VecDeque::new(),
             growing: 0,
+            promised: 0,
             free_slots: (0..members).collect(),
             files: BTreeMap::new(),
             last_cut: BTreeMap::new(),
@@ -247,43 +275,6 @@ impl Colony {
     /// A member could not be made.
     pub fn warm(&self) -> Result<(), ColonyError> {
         self.shared.fill_pool()
-    }
-
-    /// Starts the built-in guest in the colony's first VM.
-    ///
-    /// # Errors
-    /// No member could be had, or it could not boot.
-    pub fn boot(&self, command_line: &str) -> Result<VmId, ColonyError> {
-        let backing_bytes = self.shared.config.backing_bytes;
-        let order = |vm| Order::Boot { vm, command_line: command_line.to_owned(), backing_bytes };
-        let base: Vec<_> = self.shared.config.backing_base.iter().map(|file| file.as_fd()).collect();
-        self.boot_by(order, &base)
-    }
-
-    /// Makes a member the first VM by the order that `order` gives for its name.
-    fn boot_by(
-        &self,
-        order: impl FnOnce(VmId) -> Order,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<VmId, ColonyError> {
-        let (member, vm) = loop {
-            let member = self.shared.take_member()?;
-            match self.shared.give_role(&member, None, |family, slot| Ok(family.first_vm(slot))) {
-                // It died in the pool.
-                Err(ColonyError::Died(_)) => {}
-                other => break (Arc::clone(&member), other?),
-            }
-        };
-        let answer = member.ask(order(vm), descriptors);
-        self.shared.post(Job::FillPool);
-        match answer {
-            Ok(_) => Ok(vm),
-            Err(error) => {
-                member.kill();
-                member.wait_end();
-                Err(error)
-            }
-        }
     }
 
     /// The member of a VM.
@@ -400,44 +391,70 @@ impl Shared {
     /// A ready member: from the pool, or made now. Whoever has taken all that he needs asks for the
     /// pool to be filled again: not before, for that takes processor time from what he does.
     fn take_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
-        let pooled = {
-            let mut inner = self.lock();
-            inner.pool.retain(|member| member.is_alive());
-            inner.pool.pop_front()
-        };
-        pooled.map_or_else(|| self.make_member(), Ok)
-    }
-
-    /// Gives back a member that has got no role.
-    fn give_back(&self, member: Arc<MemberHandle>) {
-        let mut inner = self.lock();
-        if inner.pool.len() + inner.growing < self.config.pool {
-            inner.pool.push_front(member);
-        } else {
-            drop(inner);
-            member.kill();
+        loop {
+            if let Some(member) = self.take_pooled(1).pop() {
+                return Ok(member);
+            }
+            match self.make_member() {
+                // The last places are those of members that are being made for the pool.
+                Err(ColonyError::Members(_)) if self.await_pool() => {}
+                made => return made,
+            }
         }
     }
 
-    /// Makes a member a VM, as `make` says. Naming it and booking its death exclude each other: a
+    /// Waits while members are being made for the pool and none is ready. Whether that was so.
+    fn await_pool(&self) -> bool {
+        let inner = self.lock();
+        let is_growing = inner.growing > 0;
+        let is_awaited = |inner: &mut Inner| inner.growing > 0 && inner.pool.is_empty();
+        drop(self.changed.wait_timeout_while(inner, ANSWER_LIMIT, is_awaited));
+        is_growing
+    }
+
+    /// Up to `count` members from the pool.
+    fn take_pooled(&self, count: usize) -> Vec<Arc<MemberHandle>> {
+        let mut inner = self.lock();
+        inner.pool.retain(|member| member.is_alive());
+        let count = count.min(inner.pool.len());
+        inner.pool.drain(..count).collect()
+    }
+
+    /// Gives back a member that has got no role. Returns it if nobody needs it: its end, when its place is
+    /// free again, is to be waited for.
+    fn give_back(&self, member: Arc<MemberHandle>) -> Option<Arc<MemberHandle>> {
+        let mut inner = self.lock();
+        if inner.pool.len() + inner.growing < self.config.pool {
+            inner.pool.push_front(member);
+            return None;
+        }
+        drop(inner);
+        member.kill();
+        Some(member)
+    }
+
+    /// Makes a member a VM, as `make` and `spec` say. Naming it and booking its death exclude each other: a
     /// death that is booked before this is seen here, any later one sees the name.
     fn give_role(
         &self,
         member: &Arc<MemberHandle>,
         parent: Option<VmId>,
+        (spec, admission): (&CloneSpec, &Admission<'_>),
         make: impl FnOnce(&mut Family, u32) -> Result<VmId, FamilyError>,
-    ) -> Result<VmId, ColonyError> {
+    ) -> Result<(VmId, Identity), ColonyError> {
         let mut inner = self.lock();
         if !member.is_alive() {
             return Err(ColonyError::Died(member.vm()));
         }
         let vm = make(&mut inner.family, member.slot())?;
-        member.name(vm);
+        let identity = spec.identity(vm);
+        member.name(vm, &identity);
         inner.vms.insert(vm, Arc::clone(member));
+        admission.spend(&mut inner);
         if let Some(parent) = parent {
             inner.parents.insert(vm, parent);
         }
-        Ok(vm)
+        Ok((vm, identity))
     }
 
     fn make_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {

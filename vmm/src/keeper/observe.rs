@@ -8,11 +8,14 @@
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::fork::{Cloned, Forked, times_of};
 use super::{Colony, ColonyError, Shared};
 use crate::family::VmId;
 use crate::keeper::fork::entered_at;
 use crate::member::messages::{HowEnded, Order, Reply};
+use crate::words::PAGE_SHIFT;
 
 /// See the module.
 pub trait Observer: Send + Sync {
@@ -24,8 +27,34 @@ pub trait Observer: Send + Sync {
     fn restarted(&self, vm: VmId);
     /// A VM's process is gone.
     fn gone(&self, vm: VmId);
+    /// A guest has asked for a fork: what the clone is called, if that is not the colony's to make up. Not
+    /// called by a reader: it may wait for others, but not for this colony.
+    ///
+    /// # Errors
+    /// It gets no name: there is no fork.
+    fn name_clone(&self, source: VmId) -> Result<Option<String>, ColonyError> {
+        let _ = source;
+        Ok(None)
+    }
+    /// There is no clone of that name: the fork failed.
+    fn forget_name(&self, name: &str) {
+        let _ = name;
+    }
     /// A guest has asked for a fork, and here it is.
-    fn forked(&self, forked: &Forked);
+    fn forked(&self, forked: Forked);
+}
+
+/// Pages of a clone, as its fork left them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkPages {
+    /// The clone had them at once: in the arena already, or never written.
+    pub shared: u64,
+    /// They stayed in the source's window, and are published afterwards.
+    pub lent: u64,
+    /// Copied in the pause: the pinned ones.
+    pub copied: u64,
+    /// The source's device held them right after the pause.
+    pub pinned: u64,
 }
 
 impl Colony {
@@ -71,6 +100,20 @@ impl Colony {
         let first_exit = member.state().first_exit.unwrap_or(u64::MAX);
         let times = times_of(forked, clone, reentered, first_exit, entered);
         Ok((times.pause_us, times.call_us))
+    }
+}
+
+impl Colony {
+    /// The pages of a fork's clones. None before the source has said what its memory was after the pause,
+    /// which it does before it answers anything else, and where its process is gone.
+    #[must_use]
+    pub fn fork_pages(&self, forked: &Forked) -> Option<ForkPages> {
+        let source = self.member(forked.source).ok()?;
+        let (_, counts) = *source.state().reentered.get(&forked.cut)?;
+        let total = self.config().memory.ram_bytes() >> PAGE_SHIFT;
+        let (lent, copied) = (counts.lent, forked.figures.copied_pages);
+        let shared = total.saturating_sub(lent + copied);
+        Some(ForkPages { shared, lent, copied, pinned: counts.pinned })
     }
 }
 

@@ -1,4 +1,4 @@
-//! A VM that stands still, and the cut of it that can be used again.
+//! A VM that stands still, and the cut of it that can be used again; a VM that is ready.
 //!
 //! As long as nothing of a paused VM can have changed since its last cut, another fork needs no new
 //! one: the keeper has the state, and the memory is the cut's. [`Still`] is what it keeps for that;
@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::fork::Taken;
 use super::member_handle::MemberHandle;
@@ -44,6 +45,30 @@ impl Colony {
         let member = self.member(vm)?;
         member.is_paused.store(false, Ordering::SeqCst);
         self.ask(vm, Order::Resume).map(|_| ())
+    }
+
+    /// Waits until a VM's guest has said that it knows who it is (the identity device's `READY`), since the
+    /// VM began or was last reset. Returns the generation that it knows.
+    ///
+    /// # Errors
+    /// There is no such VM, or its process or its guest's run ended first, or it said nothing for `limit`.
+    pub fn wait_ready(&self, vm: VmId, limit: Duration) -> Result<u64, ColonyError> {
+        let member = self.member(vm)?;
+        let said = member.wait_for(limit, |state| {
+            let ended = || state.ended.as_ref().map(|(_, text)| Err(text.clone()));
+            state.ready.map(Ok).or_else(ended)
+        });
+        match said {
+            Ok(Ok(generation)) => Ok(generation),
+            Ok(Err(end)) => Err(ColonyError::NotReady { vm, why: format!("its run has ended: {end}") }),
+            Err(ColonyError::Silent { seconds, .. }) => {
+                let is_paused = member.is_paused.load(Ordering::SeqCst);
+                let hint = if is_paused { "it is paused" } else { "does it use the identity device?" };
+                let why = format!("its guest has not said so within {seconds} s: {hint}");
+                Err(ColonyError::NotReady { vm, why })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether a VM is paused.

@@ -7,7 +7,9 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use rustix::fs::FallocateFlags;
 
+use super::fork::Forked;
 use super::member_handle::MemberHandle;
+use super::spec::ForkSpec;
 use super::{ColonyError, Inner, Shared};
 use crate::family::{Sweep, VmId};
 use crate::frames::Frames;
@@ -229,15 +231,28 @@ impl Shared {
     }
 
     fn fork_for_guest(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<(), ColonyError> {
-        let forked = self.fork(vm, 1, Some(vcpu));
+        let forked = self.fork_named(vm, vcpu);
         let clone = forked.as_ref().ok().and_then(|forked| forked.clones.first()).map(|clone| clone.vm);
         let answer = Order::ForkResult { vcpu, clone };
         let answered = self.member(vm).and_then(|member| member.ask(answer, &[]));
         let forked = forked?;
         // Also where the source has ended meanwhile.
         if let Some(observer) = self.observer() {
-            observer.forked(&forked);
+            observer.forked(forked);
         }
         answered.map(|_| ())
+    }
+
+    /// One clone, called what the observer says.
+    fn fork_named(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<Forked, ColonyError> {
+        let observer = self.observer();
+        let name = observer.as_ref().map_or(Ok(None), |observer| observer.name_clone(vm))?;
+        let mut spec = ForkSpec::plain(1);
+        spec.clones[0].name.clone_from(&name);
+        let forked = self.fork(vm, &spec, Some(vcpu));
+        if let (Err(_), Some(observer), Some(name)) = (&forked, observer, name) {
+            observer.forget_name(&name);
+        }
+        forked
     }
 }

@@ -129,6 +129,7 @@ impl Member {
             backing: Some(backing.freeze(held)),
             extents: Vec::new(),
             serial: bus.serial.save(held),
+            identity: bus.identity.save(held),
             asked_by,
         })
     }
@@ -144,10 +145,13 @@ impl Member {
     }
 
     /// When the last vCPU entered the guest after a resume. One that is inside a call of its own, or
-    /// has ended, went on at the order to resume.
+    /// has ended, went on at the order to resume. 0 of a VM that stands still.
     pub(super) fn await_reentry(&self) -> u64 {
         let limit = Instant::now() + REENTRY_LIMIT;
         let mut at = 0;
+        if self.held.is_some() {
+            return at;
+        }
         for vcpu in self.vcpus.iter() {
             let entered = loop {
                 let times = vcpu.times();

@@ -17,13 +17,14 @@ use super::shell::{MemberFiles, ServedSpace, Shell};
 use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
 use super::watch::Due;
-use super::wiring::{ConsoleSink, MsiLine, NoLine};
+use super::wiring::{self, ConsoleSink, MsiLine, NoLine};
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
 use crate::devices::dma::{BackingKind, DmaEngine};
 use crate::devices::exit::ExitPort;
 use crate::devices::gate::{CompletionGate, HeldGate};
+use crate::devices::identity::{Identity, IdentityDevice, IdentityState};
 use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
@@ -52,6 +53,10 @@ pub struct Member {
     life: Option<Life>,
     /// While quiesced.
     pub(super) held: Option<HeldGate>,
+    /// Who it is, once it has a role.
+    pub(super) identity: Identity,
+    /// How often its line was cloned and it was reset.
+    pub(super) generation: u64,
     /// How many cuts of it there were.
     pub(super) cuts: u64,
     /// The cut just taken, whose end of the pause is to be reported.
@@ -104,6 +109,8 @@ impl Member {
             memory: Some(shell.memory),
             life: None,
             held: None,
+            identity: Identity::default(),
+            generation: 0,
             cuts: 0,
             just_cut: None,
             origin: None,
@@ -122,19 +129,19 @@ impl Member {
     /// It could not be done; the VM goes on as before.
     pub fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> Answer {
         match order {
-            Order::Boot { vm, command_line, backing_bytes } => {
-                self.boot(vm, (&command_line, None), backing_bytes, descriptors)
+            Order::Boot { vm, identity, command_line, backing_bytes } => {
+                self.boot((vm, identity), (&command_line, None), backing_bytes, descriptors)
             }
-            Order::BootImage { vm, command_line, has_initrd, backing_bytes } => {
+            Order::BootImage { vm, identity, command_line, has_initrd, backing_bytes } => {
                 let files = ImageFiles::new(descriptors, has_initrd)?;
-                self.boot(vm, (&command_line, Some(files)), backing_bytes, Vec::new())
+                self.boot((vm, identity), (&command_line, Some(files)), backing_bytes, Vec::new())
             }
             Order::ConsoleInput(input) => {
                 let live = self.machine.role().map_err(MemberError::Protocol)?;
                 Ok((Reply::Accepted(live.bus().serial.enqueue(&input)), Vec::new()))
             }
-            Order::Become { vm, cut, snapshot } => {
-                self.become_clone(vm, cut, snapshot.decode()?, descriptors)
+            Order::Become { vm, identity, is_paused, cut, snapshot } => {
+                self.become_clone((vm, identity), is_paused, cut, (snapshot.decode()?, descriptors))
             }
             Order::Cut { cut, previous, asked_by } => self.cut(cut, previous, asked_by, descriptors),
             Order::ReleaseCut { cut } => self.release_cut(cut),
@@ -230,11 +237,12 @@ impl Member {
 
     fn boot(
         &mut self,
-        vm: VmId,
+        (vm, identity): (VmId, Identity),
         (command_line, files): (&str, Option<ImageFiles>),
         backing_bytes: u64,
         descriptors: Vec<OwnedFd>,
     ) -> Answer {
+        self.identity = identity;
         let memory = self.memory()?;
         let space = Arc::clone(&memory.space);
         space.host().become_root().map_err(MemberError::Window)?;
@@ -260,12 +268,14 @@ impl Member {
 
     fn become_clone(
         &mut self,
-        vm: VmId,
+        (vm, identity): (VmId, Identity),
+        is_paused: bool,
         cut: CutId,
-        snapshot: Snapshot,
-        mut descriptors: Vec<OwnedFd>,
+        (snapshot, mut descriptors): (Snapshot, Vec<OwnedFd>),
     ) -> Answer {
         let memory = self.memory()?;
+        self.identity = identity;
+        self.generation = snapshot.identity.generation + 1;
         let begun = monotonic_ns();
         memory.space.host().become_clone(cut).map_err(MemberError::Window)?;
         memory.space.begin_as_clone(cut);
@@ -283,7 +293,12 @@ impl Member {
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, memory, (backing, extents), bus, true)?;
         self.set_state(&snapshot)?;
-        let at = self.go()?;
+        let at = if is_paused {
+            self.held = Some(self.gate.hold());
+            monotonic_ns()
+        } else {
+            self.go()?
+        };
         self.begin_as_clone(&snapshot)?;
         self.origin = Some(Arc::new(snapshot));
         self.is_at_origin = true;
@@ -299,6 +314,8 @@ impl Member {
         for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
             vcpu.set(state)?;
         }
+        // After the interrupt controllers have their state, before a vCPU runs.
+        self.machine.role().map_err(MemberError::Protocol)?.bus().identity.announce();
         Ok(())
     }
 
@@ -328,6 +345,13 @@ impl Member {
         let storage = BackingKind::Storage(Arc::clone(backing));
         let gate = || Arc::clone(&self.gate);
         let interrupt = start::serial_interrupt(self.vm.as_ref());
+        let set = snapshot.map_or(0, |snapshot| snapshot.identity.interrupt);
+        let identity = IdentityDevice::new(
+            &self.identity,
+            IdentityState { generation: self.generation, interrupt: set },
+            start::identity_interrupt(self.vm.as_ref(), &line),
+            wiring::ready_bell(&self.machine),
+        )?;
         let sink = Box::new(ConsoleSink(Arc::clone(&self.machine)));
         let (dma, serial) = match snapshot {
             Some(snapshot) => (
@@ -336,7 +360,7 @@ impl Member {
             ),
             None => (DmaEngine::new(ram, line, storage, gate()), SerialPort::new(sink, interrupt, gate())),
         };
-        Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma) })
+        Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma), identity })
     }
 
     /// Gives the machine its role.
@@ -372,15 +396,22 @@ impl Member {
 
     /// Lets the guest run. Returns when that was ordered, in nanoseconds of `CLOCK_MONOTONIC`.
     pub(super) fn go(&mut self) -> Result<u64, MemberError> {
-        if self.setup.guest == GuestKind::Thread {
+        self.start_thread_guest()?;
+        let at = monotonic_ns();
+        self.resume_vcpus()?;
+        Ok(at)
+    }
+
+    /// Starts the thread that is the guest, if it is one and has not begun.
+    fn start_thread_guest(&mut self) -> Result<(), MemberError> {
+        let is_due = self.life()?.thread_guest.is_none() && self.setup.guest == GuestKind::Thread;
+        if is_due {
             let guest = ThreadGuest::start(&self.machine).map_err(MemberError::Window)?;
             if let Some(life) = &mut self.life {
                 life.thread_guest = Some(guest);
             }
         }
-        let at = monotonic_ns();
-        self.resume_vcpus()?;
-        Ok(at)
+        Ok(())
     }
 
     fn release_cut(&self, cut: CutId) -> Answer {
@@ -408,7 +439,7 @@ impl Member {
             return Err(RESET_OPEN);
         }
         if !self.life()?.has_ended {
-            self.resume_vcpus()?;
+            self.go()?;
         }
         self.held = None;
         done()

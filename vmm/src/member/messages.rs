@@ -6,6 +6,7 @@ use crate::arena_files::ArenaDescription;
 use crate::board::BoardShape;
 use crate::devices::backing::{BackingState, ExtentFileId};
 use crate::devices::dma::{DmaCounters, DmaState};
+use crate::devices::identity::{Identity, IdentityState};
 use crate::devices::serial::SerialState;
 #[cfg(debug_assertions)]
 use crate::failure;
@@ -82,6 +83,8 @@ pub struct Snapshot {
     pub extents: Vec<ExtentFileId>,
     /// The serial port.
     pub serial: SerialState,
+    /// The identity device of the source.
+    pub identity: IdentityState,
     /// The vCPU whose call asked for the cut: in the clones it returns 0. In the state of a vCPU that
     /// is so already; a thread guest is told.
     pub asked_by: Option<usize>,
@@ -116,6 +119,8 @@ pub enum Order {
     Boot {
         /// Its name.
         vm: VmId,
+        /// What it is told of itself.
+        identity: Identity,
         /// The built-in guest's command line.
         command_line: String,
         /// Size of the DMA engine's backing, in bytes.
@@ -126,6 +131,8 @@ pub enum Order {
     BootImage {
         /// Its name.
         vm: VmId,
+        /// What it is told of itself.
+        identity: Identity,
         /// The kernel's command line.
         command_line: String,
         /// Whether there is an initrd.
@@ -139,6 +146,10 @@ pub enum Order {
     Become {
         /// Its name.
         vm: VmId,
+        /// What it is told of itself.
+        identity: Identity,
+        /// Whether it runs only from [`Order::Resume`] on.
+        is_paused: bool,
         /// The cut.
         cut: CutId,
         /// The state at the cut.
@@ -396,7 +407,8 @@ pub enum Reply {
     Loaded(u64),
     /// How many bytes of input found room: the rest is to be sent again.
     Accepted(usize),
-    /// The clone's vCPUs enter the guest; at this moment the order to do so was given.
+    /// The clone's vCPUs enter the guest; at this moment the order to do so was given. One that is to begin
+    /// paused could do so from this moment on.
     Running {
         /// In nanoseconds of `CLOCK_MONOTONIC`.
         at: u64,
@@ -450,6 +462,11 @@ pub enum Event {
         vcpu: usize,
         /// The order's result.
         result: u64,
+    },
+    /// The guest knows who it is in this generation.
+    IsReady {
+        /// Which.
+        generation: u64,
     },
     /// The guest wants to be forked.
     ForkAsked {

@@ -99,6 +99,9 @@ pub enum MemberError {
     /// The serial port.
     #[error("{0}")]
     Serial(#[from] crate::devices::serial::SerialStateError),
+    /// The identity device.
+    #[error("{0}")]
+    Identity(#[from] crate::devices::identity::IdentityError),
     /// A snapshot could not be coded.
     #[error("a snapshot cannot be coded: {0}")]
     Snapshot(#[from] postcard::Error),

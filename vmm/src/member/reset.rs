@@ -117,6 +117,7 @@ impl Member {
         if let Some(state) = &snapshot.backing {
             backing.reset(state)?;
         }
+        self.generation += 1;
         let bus = self.bus(&space, &backing, Some(&snapshot))?;
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         *live.bus.write().unwrap_or_else(PoisonError::into_inner) = bus;

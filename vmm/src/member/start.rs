@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 use super::MemberError;
 use crate::boot::{EntryState, ImageEntry, load_builtin, load_image};
 use crate::devices::InterruptLine;
+use crate::devices::identity::IdentityInterrupt;
 use crate::devices::serial::SerialInterrupt;
 use crate::kvm::{Irqchip, Level, VcpuThread, Vm};
 use crate::space::Space;
@@ -15,6 +16,8 @@ use crate::window::Window;
 
 /// The interrupt of the first serial port of a PC.
 const SERIAL_PIN: u8 = 4;
+/// That of the identity device: the second parallel port's, which no machine of salp has.
+const IDENTITY_PIN: u8 = 5;
 /// The keyboard controller's port for commands and status.
 const KEYBOARD_PORT: u16 = 0x64;
 /// Its command to reset the processor.
@@ -88,6 +91,16 @@ impl InterruptLine for PinLine {
 pub(super) fn serial_interrupt(vm: Option<&Arc<Vm>>) -> Option<SerialInterrupt> {
     let vm = vm.filter(|vm| vm.irqchip() == Irqchip::Full)?;
     Some(SerialInterrupt { line: Arc::new(PinLine(Arc::downgrade(vm))), vector: SERIAL_PIN })
+}
+
+/// The interrupt of the identity device: a pin where the VM has some, else `line`.
+pub(super) fn identity_interrupt(vm: Option<&Arc<Vm>>, line: &Arc<dyn InterruptLine>) -> IdentityInterrupt {
+    match vm.filter(|vm| vm.irqchip() == Irqchip::Full) {
+        Some(vm) => {
+            IdentityInterrupt { line: Arc::new(PinLine(Arc::downgrade(vm))), pin: Some(IDENTITY_PIN) }
+        }
+        None => IdentityInterrupt { line: Arc::clone(line), pin: None },
+    }
 }
 
 /// Whether a write to a port resets the machine.

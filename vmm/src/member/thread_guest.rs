@@ -129,6 +129,15 @@ impl Guest<'_> {
                 dma.mmio_read(a, &mut value);
                 u64::from_le_bytes(value)
             }),
+            order::IDENTITY_READ => {
+                let mut value = [0; 8];
+                self.live.bus().identity.mmio_read(a, &mut value);
+                Ok(u64::from_le_bytes(value))
+            }
+            order::IDENTITY_WRITE => {
+                self.live.bus().identity.mmio_write(a, &b.to_le_bytes());
+                Ok(0)
+            }
             order::COUNT => self.count(c, |k| {
                 self.store(a, &u64::to_le_bytes(k))?;
                 self.store(b, &u64::to_le_bytes(k))

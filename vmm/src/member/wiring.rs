@@ -4,7 +4,9 @@ use std::io;
 use std::sync::{Arc, Weak};
 
 use super::machine::MemberMachine;
+use super::messages::Event;
 use crate::devices::InterruptLine;
+use crate::devices::identity::ReadyBell;
 use crate::kvm::{Msi, Vm};
 
 /// Interrupts by MSI, to vCPU 0.
@@ -25,6 +27,12 @@ pub(super) struct NoLine;
 
 impl InterruptLine for NoLine {
     fn raise(&self, _vector: u8) {}
+}
+
+/// Tells the keeper that the guest knows who it is.
+pub(super) fn ready_bell(machine: &Arc<MemberMachine>) -> ReadyBell {
+    let machine = Arc::clone(machine);
+    Box::new(move |generation| machine.tell(Event::IsReady { generation }))
 }
 
 /// Console output, to the machine.
