@@ -5,13 +5,19 @@ CARGO ?= cargo
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench bench-smoke test lint fmt linux-guest linux-guest-if-possible linux-figures clean
+.PHONY: help build static demo bench bench-smoke test lint fmt linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build salp, optimised: target/release/salp
 	$(CARGO) build --release --package salp
+
+# The C library is linked in too: the binary needs nothing but a kernel. --target, so that the flag is not
+# meant for build scripts and macros, which are loaded by the compiler.
+STATIC_TARGET := x86_64-unknown-linux-gnu
+static: ## Build salp without shared libraries: target/x86_64-unknown-linux-gnu/release/salp
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --package salp --target $(STATIC_TARGET)
 
 demo: build ## Fork a running microVM and show what it cost
 	target/release/salp demo

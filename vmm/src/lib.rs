@@ -5,6 +5,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("salp runs on x86-64 Linux only");
 
+pub mod version;
 pub mod failure;
 mod plants;
 pub mod words;
@@ -22,5 +23,6 @@ pub mod boot;
 pub mod member;
 pub mod keeper;
 pub mod control;
+pub mod doctor;
 pub mod bench;
 pub mod cli;

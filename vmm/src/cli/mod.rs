@@ -3,8 +3,12 @@
 pub mod bench;
 pub mod demo;
 mod display;
+pub mod doctor;
 pub mod interrupt;
+mod logging;
 pub mod memory;
+pub mod output;
+pub mod papers;
 pub mod run;
 pub mod size;
 pub mod vms;
@@ -12,17 +16,37 @@ pub mod vms;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
 
+use self::logging::LogFormat;
+use self::output::Output;
 use crate::bench::baseline::{self, BASELINE_ARGUMENT};
 use crate::member::zygote::{self, ZYGOTE_ARGUMENT};
+use crate::version;
 
-/// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight.
+/// A minimal KVM virtual machine monitor that forks running microVMs with DMA in flight
 #[derive(Debug, Parser)]
-#[command(name = "salp", version, about)]
+#[command(name = "salp", version = version::TEXT, about)]
+#[command(after_help = "`salp demo` shows the main job; `salp doctor` says whether this host can do it.")]
 struct Arguments {
+    #[command(flatten)]
+    global: GlobalArguments,
     #[command(subcommand)]
     command: Command,
+}
+
+/// What every command understands.
+#[derive(Debug, Args)]
+struct GlobalArguments {
+    /// Print no remarks, and names alone instead of tables
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Log more: -v what is done, -vv details, -vvv everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// The form of the log, which goes to standard error
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -55,6 +79,16 @@ enum Command {
     Console(vms::NameArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),
+    /// Check what this host has of what salp needs and profits from, and say what mends it
+    ///
+    /// Exit status: 0 if salp works here, be it slower than it could; 1 if something is missing.
+    Doctor(doctor::DoctorArguments),
+    /// Print a completion script for a shell
+    ///
+    /// For bash: salp completions bash > ~/.local/share/bash-completion/completions/salp
+    Completions(papers::CompletionsArguments),
+    /// Print the manual page, or write all pages into a directory
+    Man(papers::ManArguments),
 }
 
 /// Exit status after an error that is not the guest's.
@@ -65,36 +99,48 @@ const USAGE: u8 = 2;
 /// The whole program.
 #[must_use]
 pub fn main() -> ExitCode {
-    start_logging();
-    // Processes that salp starts of itself are no commands.
-    let mut hidden = std::env::args_os().skip(1);
-    match hidden.next() {
-        Some(argument) if argument == ZYGOTE_ARGUMENT => {
-            return end(zygote::run().map(|()| ExitCode::SUCCESS));
-        }
-        Some(argument) if argument == run::KEEPER_ARGUMENT => {
-            return end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy()));
-        }
-        Some(argument) if argument == BASELINE_ARGUMENT => {
-            return end(baseline::run().map(|()| ExitCode::SUCCESS));
-        }
-        _ => {}
+    if let Some(status) = run_hidden() {
+        return status;
     }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
+    logging::choose(arguments.global.verbose, arguments.global.log_format);
+    logging::start();
+    let output = Output { is_quiet: arguments.global.quiet };
     match arguments.command {
         Command::Demo(arguments) => end(demo::run(&arguments)),
         Command::Run(arguments) => end(run::run(&arguments)),
         Command::Fork(arguments) => end(vms::fork(&arguments)),
-        Command::Ps(arguments) => end(vms::ps(&arguments)),
+        Command::Ps(arguments) => end(vms::ps(&arguments, output)),
         Command::Pause(arguments) => end(vms::pause(&arguments)),
         Command::Resume(arguments) => end(vms::resume(&arguments)),
         Command::Reset(arguments) => end(vms::reset(&arguments)),
         Command::Stop(arguments) => end(vms::stop(&arguments)),
         Command::Console(arguments) => end(vms::console(&arguments)),
         Command::Bench(arguments) => end(bench::run(&arguments)),
+        Command::Doctor(arguments) => end(doctor::run(&arguments, output)),
+        Command::Completions(arguments) => end(papers::completions(&arguments, Arguments::command(), output)),
+        Command::Man(arguments) => end(papers::man(&arguments, Arguments::command(), output)),
+    }
+}
+
+/// Processes that salp starts of itself are no commands.
+fn run_hidden() -> Option<ExitCode> {
+    let mut hidden = std::env::args_os().skip(1);
+    let argument = hidden.next()?;
+    if argument == ZYGOTE_ARGUMENT {
+        logging::start();
+        Some(end(zygote::run().map(|()| ExitCode::SUCCESS)))
+    } else if argument == run::KEEPER_ARGUMENT {
+        logging::start();
+        Some(end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy())))
+    } else if argument == BASELINE_ARGUMENT {
+        logging::start();
+        Some(end(baseline::run().map(|()| ExitCode::SUCCESS)))
+    } else {
+        None
     }
 }
 
@@ -130,14 +176,4 @@ fn refuse(error: &clap::Error) -> ExitCode {
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {
     eprintln!("salp: {error}");
     ExitCode::from(FAILURE)
-}
-
-/// Logs go to standard error, warnings and worse unless `SALP_LOG` says otherwise.
-fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SALP_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let result = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    if let Err(error) = result {
-        eprintln!("salp: no log: {error}");
-    }
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
+use super::output::{Output, columns};
 use super::size;
 use crate::control::client::Client;
 use crate::control::place::Place;
@@ -63,23 +64,23 @@ pub fn fork(arguments: &ForkArguments) -> Result<ExitCode, ControlError> {
 ///
 /// # Errors
 /// The directory of sockets cannot be used, or a colony does not answer.
-pub fn ps(arguments: &PsArguments) -> Result<ExitCode, ControlError> {
+pub fn ps(arguments: &PsArguments, output: Output) -> Result<ExitCode, ControlError> {
     let all = client().list()?;
     for socket in &all.stale {
-        eprintln!("salp: the colony of {socket} was killed: what was left of it is cleaned up");
+        output.remark(format_args!("the colony of {socket} was killed: what was left of it is cleaned up"));
     }
     for words in &all.last_words {
-        eprintln!("salp: {words}");
+        output.remark(words);
     }
     for error in &all.silent {
         eprintln!("salp: {error}");
     }
-    let mut out = io::stdout().lock();
     if arguments.json {
-        let text = serde_json::to_string_pretty(&all.vms).map_err(io::Error::from)?;
-        writeln!(out, "{text}")?;
+        output.print_json(&all.vms)?;
+    } else if output.is_quiet {
+        output.print(&all.vms.iter().map(|vm| format!("{}\n", vm.name)).collect::<String>())?;
     } else {
-        out.write_all(table(&all.vms).as_bytes())?;
+        output.print(&table(&all.vms))?;
     }
     Ok(if all.silent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -99,13 +100,7 @@ fn table(vms: &[VmView]) -> String {
         ]
     };
     let rows: Vec<_> = std::iter::once(head).chain(vms.iter().map(row)).collect();
-    let widths: Vec<_> =
-        (0..7).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
-    let line = |row: &[String; 7]| {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
-    };
-    rows.iter().map(line).collect()
+    columns(&rows)
 }
 
 /// `salp pause`.

@@ -1,7 +1,7 @@
 //! The host's KVM: `/dev/kvm` opened, checked once for everything that salp needs, and described.
 //!
-//! Key types: [`Kvm`], [`HostKind`], [`HostDescription`]. The kind matters because on a software
-//! KVM only 64-bit ring 3 runs natively and every exit costs tens of microseconds; figures are
+//! Key types: [`Kvm`], [`Capability`], [`HostKind`], [`HostDescription`]. The kind matters because on a
+//! software KVM only 64-bit ring 3 runs natively and every exit costs tens of microseconds; figures are
 //! always reported with it.
 //!
 //! Known hole: the kind is told by which vendor module is loaded and by `/proc/cpuinfo`; a host
@@ -114,6 +114,17 @@ impl HostDescription {
     }
 }
 
+/// One capability that salp cannot do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// As the kernel's headers name it.
+    pub name: &'static str,
+    /// What salp needs it for.
+    pub purpose: &'static str,
+    /// Whether this KVM has it.
+    pub is_present: bool,
+}
+
 /// The opened KVM. One per process is enough; VMs are made from it.
 #[derive(Debug)]
 pub struct Kvm {
@@ -131,12 +142,7 @@ impl Kvm {
     /// One that says what to do: the device is missing or not permitted, the API version is
     /// unknown, or a capability is missing (the first of them is named).
     pub fn open() -> Result<Self, KvmError> {
-        let fd = kvm_ioctls::Kvm::new()
-            .map_err(|errno| open_error(std::io::Error::from_raw_os_error(errno.errno())))?;
-        let found = fd.get_api_version();
-        if found != API_VERSION {
-            return Err(KvmError::ApiVersion { found });
-        }
+        let fd = open_device()?;
         if let Some((_, name, purpose)) = REQUIRED.into_iter().find(|c| !fd.check_extension(c.0)) {
             return Err(KvmError::CapabilityMissing { name, purpose });
         }
@@ -144,6 +150,17 @@ impl Kvm {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(Self { fd, description: HostDescription::read(), cpuid, layout: OnceLock::new() })
+    }
+
+    /// All capabilities that salp cannot do without, whether they are there or not.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open), but for missing capabilities.
+    pub fn look_up_capabilities() -> Result<Vec<Capability>, KvmError> {
+        let fd = open_device()?;
+        let look_up =
+            |(cap, name, purpose)| Capability { name, purpose, is_present: fd.check_extension(cap) };
+        Ok(REQUIRED.into_iter().map(look_up).collect())
     }
 
     /// The host, for reports.
@@ -170,6 +187,16 @@ impl Kvm {
 
     pub(super) const fn layout_cell(&self) -> &OnceLock<Arc<StateLayout>> {
         &self.layout
+    }
+}
+
+/// The device, which speaks the version of the API that this program knows.
+fn open_device() -> Result<kvm_ioctls::Kvm, KvmError> {
+    let fd = kvm_ioctls::Kvm::new()
+        .map_err(|errno| open_error(std::io::Error::from_raw_os_error(errno.errno())))?;
+    match fd.get_api_version() {
+        API_VERSION => Ok(fd),
+        found => Err(KvmError::ApiVersion { found }),
     }
 }
 

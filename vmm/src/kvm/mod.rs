@@ -39,7 +39,7 @@ mod tests;
 
 pub use close::{Closed, Closing, close};
 pub use error::KvmError;
-pub use host::{HostDescription, HostKind, Kvm};
+pub use host::{Capability, HostDescription, HostKind, Kvm};
 pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
 pub use rest::{Doing, Rest, VcpuWatch};
 pub use run::Exits;

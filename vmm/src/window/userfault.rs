@@ -12,11 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::failure;
 use crate::space::{Fault, Traps};
 
-const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-const FEATURE_POISON: u64 = 1 << 14;
+/// The features that salp needs: bit, and name in `linux/userfaultfd.h`.
+const FEATURES: [(u64, &str); 5] = [
+    (1 << 0, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
+    (1 << 5, "UFFD_FEATURE_MISSING_SHMEM"),
+    (1 << 10, "UFFD_FEATURE_MINOR_SHMEM"),
+    (1 << 12, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
+    (1 << 14, "UFFD_FEATURE_POISON"),
+];
 
 const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
@@ -68,11 +71,7 @@ impl Userfault {
     pub fn open() -> io::Result<Self> {
         failure::point("userfault.open")?;
         let fd = Self::open_fd()?;
-        let features = FEATURE_PAGEFAULT_FLAG_WP
-            | FEATURE_MISSING_SHMEM
-            | FEATURE_MINOR_SHMEM
-            | FEATURE_WP_HUGETLBFS_SHMEM
-            | FEATURE_POISON;
+        let features = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
         let mut api: [u64; 3] = [0xaa, features, 0];
         control(&fd, API, &mut api).map_err(|error| {
             io::Error::new(
@@ -81,6 +80,17 @@ impl Userfault {
             )
         })?;
         Ok(Self(fd))
+    }
+
+    /// The names of the features that salp needs and this kernel has not.
+    ///
+    /// # Errors
+    /// Not permitted: the text says what to do.
+    pub fn missing_features() -> io::Result<Vec<&'static str>> {
+        let fd = Self::open_fd()?;
+        let mut api: [u64; 3] = [0xaa, 0, 0];
+        control(&fd, API, &mut api)?;
+        Ok(FEATURES.iter().filter(|(bit, _)| api[1] & bit == 0).map(|(_, name)| *name).collect())
     }
 
     fn open_fd() -> io::Result<OwnedFd> {
