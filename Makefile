@@ -5,6 +5,7 @@ CARGO ?= cargo
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
+.PHONY: coverage miri
 .PHONY: help build static demo bench bench-smoke test lint fmt linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
@@ -42,6 +43,12 @@ lint: ## Check formatting and clippy's rules
 	$(CARGO) fmt --manifest-path guest/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	cd guest && $(CARGO) clippy -- -D warnings
+
+coverage: ## Line coverage of the memory core by its own tests, above 90 %
+	CARGO="$(CARGO)" resources/coverage.sh
+
+miri: ## Run the memory core's tests under Miri, where it is installed
+	CARGO="$(CARGO)" resources/miri.sh
 
 fmt: ## Format all code
 	$(CARGO) fmt --all

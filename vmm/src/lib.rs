@@ -8,6 +8,7 @@ compile_error!("salp runs on x86-64 Linux only");
 pub mod version;
 pub mod failure;
 mod plants;
+pub mod sync;
 pub mod words;
 pub mod board;
 pub mod frames;

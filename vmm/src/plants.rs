@@ -3,7 +3,7 @@
 //! Each [`Plant`] breaks one rule at the one place that keeps it. Where a rule is kept, the code asks
 //! [`is_planted`]; in a build that is no test that is the constant `false`, and nothing is left of it.
 //! A test plants a fault for its own thread, by `plant`, and expects that the model, the checker or a
-//! simulated host convicts. See `space::tests`.
+//! simulated host convicts: `space::tests::model`, and `space::tests::races` for what takes two threads.
 
 /// A broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,10 +40,12 @@ pub(crate) enum Plant {
     OpensWithoutALook,
     /// A leaf is forced without its lock.
     ForceWithoutLock,
+    /// A leaf that another thread has found out meanwhile is mapped once more.
+    MapsTwice,
     /// Who waits for a leaf is not woken.
     WakesNobody,
-    /// A window maps a block before it says so.
-    MapsBeforeItSays,
+    /// A source says that a leaf is its own until its block has taken the place.
+    DropsBeforeItSays,
     /// A leaf that maps something else than at the beginning is taken for one that does not.
     DepartureForgotten,
     /// Lent pages are left out of the sums.
@@ -130,12 +132,13 @@ mod planting {
             Self::OwnedIsShared,
         ];
         /// What goes wrong between threads alone.
-        pub(crate) const OF_THREADS: [Self; 8] = [
+        pub(crate) const OF_THREADS: [Self; 9] = [
+            Self::MapsTwice,
             Self::PinOutsideRemap,
             Self::OpensWithoutALook,
             Self::ForceWithoutLock,
             Self::WakesNobody,
-            Self::MapsBeforeItSays,
+            Self::DropsBeforeItSays,
             Self::RequestsTakenTwice,
             Self::SettledBeforeTable,
             Self::ReclaimsUnderWalkers,

@@ -10,10 +10,11 @@
 //! | leaf words | source; keeper after the source's death | [`LeafWord`] |
 //! | patch records | source, before the leaf word | block, first frame and positions of a leaf published as base with patches |
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::frames::CutId;
 use crate::plants::{Plant, is_planted};
+use crate::sync::AtomicU32;
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
 const BASE: usize = 0;
@@ -260,7 +261,7 @@ impl<'a> CutArea<'a> {
         if is_planted(Plant::SettledBeforeTable) {
             self.words[SETTLED].store(1, Ordering::Release);
         }
-        self.words[TABLE].store(table, Ordering::Relaxed);
+        self.words[TABLE].store(table, Ordering::Release);
         self.words[SETTLED].store(1, Ordering::Release);
     }
 

@@ -7,9 +7,10 @@
 //! | base | keeper | [`crate::tables::Entry`] of the VM's shared memory |
 //! | maps, one word a leaf | member | [`LeafMap`]: what the window leaf maps |
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::frames::CutId;
+use crate::sync::AtomicU32;
 use crate::words::LeafNumber;
 
 const DOORBELL: usize = 0;

@@ -19,10 +19,10 @@ mod tests;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use serde::{Deserialize, Serialize};
 
+use crate::sync::AtomicU32;
 use crate::words::LeafNumber;
 
 pub use self::cut_area::{CutArea, LeafWord, Patches};

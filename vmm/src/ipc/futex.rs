@@ -8,11 +8,12 @@
 //! pidfd) stores and wakes in its place, or the waiter gives a timeout.
 
 use std::io;
-use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::thread::futex::{self, Flags, Timespec};
+
+use crate::sync::{AtomicU32, plain};
 
 /// Why [`wait`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ pub fn wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) -> io::R
     // A time too long for the kernel's type is as good as none.
     let limit = timeout.and_then(|time| Timespec::try_from(time).ok());
     // Not PRIVATE: the kernel then finds waiters by page and offset, whatever process mapped it.
-    match futex::wait(word, Flags::empty(), expected, limit.as_ref()) {
+    match futex::wait(plain(word), Flags::empty(), expected, limit.as_ref()) {
         Ok(()) | Err(Errno::INTR) => Ok(Waited::Woken),
         Err(Errno::AGAIN) => Ok(Waited::Changed),
         Err(Errno::TIMEDOUT) => Ok(Waited::TimedOut),
@@ -47,7 +48,7 @@ pub fn wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) -> io::R
 /// `EFAULT` as for [`wait`].
 pub fn wake_all(word: &AtomicU32) -> io::Result<usize> {
     // The kernel reads the count as a signed number.
-    Ok(futex::wake(word, Flags::empty(), i32::MAX.unsigned_abs())?)
+    Ok(futex::wake(plain(word), Flags::empty(), i32::MAX.unsigned_abs())?)
 }
 
 #[cfg(test)]

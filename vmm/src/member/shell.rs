@@ -6,7 +6,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use super::MemberError;
 use super::machine::MemberMachine;
@@ -17,6 +16,7 @@ use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
 use crate::kvm::{Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
 use crate::space::{Space, SpaceError};
+use crate::sync::AtomicU32;
 use crate::window::{OnFailure, Resolvers, Window};
 use crate::words::{LEAF_BYTES, wide};
 

@@ -6,8 +6,8 @@
 //! with the vCPUs stopped and completions held: copy exactly the pinned pages, protect.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{Backing, Host, PROTECTED, PageSource, Space, SpaceError, Traps};
 use crate::frames::CutId;
 use crate::plants::{Plant, is_planted};
+use crate::sync::{AtomicU32, Mutex};
 use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
 
 /// A cut of this VM with leaves that may be pending.

@@ -73,7 +73,7 @@ impl<H: Host> Space<H> {
     pub fn resolve_leaf(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
         let found = self.find(leaf)?;
         let _leaf = self.lock_leaf(leaf);
-        if self.backing(leaf) != Backing::Trapped {
+        if self.backing(leaf) != Backing::Trapped && !is_planted(Plant::MapsTwice) {
             return Ok(self.host.wake(leaf)?);
         }
         let area = self.board.member(self.slot);
@@ -94,15 +94,10 @@ impl<H: Host> Space<H> {
             }
             Found::Shared { block, patches } => {
                 let map = block.map_or(LeafMap::Own, LeafMap::Block);
-                if !is_planted(Plant::MapsBeforeItSays) {
-                    area.set_map(leaf, map);
-                }
+                area.set_map(leaf, map);
                 let patches = patches.map_or_else(Vec::new, |cut| self.patches_of(cut, leaf));
                 let mapped = self.host.map_block(leaf, block, &patches);
                 mapped.inspect_err(|_| area.set_map(leaf, LeafMap::Unknown))?;
-                if is_planted(Plant::MapsBeforeItSays) {
-                    area.set_map(leaf, map);
-                }
                 self.set_backing(leaf, block.map_or(Backing::Anonymous, Backing::Block));
                 self.host.wake(leaf)?;
             }

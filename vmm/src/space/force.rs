@@ -53,7 +53,7 @@ impl<H: Host> Space<H> {
     pub fn force(&self, leaf: LeafNumber, keep: Keep) -> Result<(), SpaceError> {
         let _leaf = (!is_planted(Plant::ForceWithoutLock)).then(|| self.lock_leaf(leaf));
         let map = self.board.member(self.slot).map(leaf);
-        if keep == Keep::Shared && map == LeafMap::Own {
+        if keep == Keep::Shared && map == LeafMap::Own && !is_planted(Plant::DropsBeforeItSays) {
             // From the moment it is published, the block may take the place of the VM's own pages.
             self.board.member(self.slot).set_map(leaf, LeafMap::Unknown);
         }

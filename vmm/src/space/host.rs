@@ -1,11 +1,11 @@
 //! What a space asks of the machine under it.
 
-use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::frames::CutId;
+use crate::sync::AtomicU32;
 use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
 
 /// The host refused something.

@@ -33,8 +33,8 @@ mod reset;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, OnceLock, PoisonError, RwLockReadGuard};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -50,6 +50,7 @@ pub use self::reset::ResetFigures;
 use crate::board::{Board, LeafMap};
 use crate::frames::CutId;
 use crate::plants::{Plant, is_planted};
+use crate::sync::{AtomicU32, Mutex, RwLock};
 use crate::words::{Gfn, LeafNumber, MemoryShape, PageSet};
 
 /// An operation on a space that cannot be done. Nothing has changed, unless the text says so.

@@ -1,10 +1,11 @@
 //! The leaf record: what stands at a leaf, described sparsely.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::Entry;
 use crate::board::RECORD_WORDS;
 use crate::frames::{BlockId, CutId, Frames};
+use crate::sync::AtomicU32;
 use crate::words::{LEAF_PAGES, LeafNumber, PageSet};
 
 const KIND: usize = 0;

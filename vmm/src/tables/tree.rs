@@ -300,7 +300,8 @@ impl Tables {
                 other => other,
             };
             let shared = self.share_counted(below, retain_cut);
-            self.store(copy, index, shared);
+            // Nobody comes to the copy before the entry that names it is stored.
+            self.board.node(copy)[index].store(shared.encode(), Ordering::Relaxed);
         }
         self.release(entry);
         Ok(copy)
@@ -375,8 +376,8 @@ impl Tables {
         entry
     }
 
-    /// The one place that stores to an entry. References are moved by the callers: the store itself
-    /// neither takes nor gives one.
+    /// The one place that stores to an entry that others may see. References are moved by the callers:
+    /// the store itself neither takes nor gives one.
     fn store(&self, node: u32, index: usize, entry: Entry) {
         // Pairs with the acquire load of a walk: what the entry names is complete.
         self.board.node(node)[index].store(entry.encode(), Ordering::Release);

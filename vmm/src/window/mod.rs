@@ -42,6 +42,7 @@ use crate::arena_files::{ArenaDir, ArenaReader};
 use crate::frames::CutId;
 use crate::ipc::futex;
 use crate::space::{Host, HostError, PageSource, PageStates, Patch, SpaceError, Traps};
+use crate::sync::AtomicU32 as BoardWord;
 use crate::words::{
     Gfn, Gpa, HostAddress, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, PageSet, index, wide,
 };
@@ -340,13 +341,13 @@ impl Host for Window {
         self.write_patches(cut, leaf, first_frame, pages).map_err(failed("publishing patches", leaf))
     }
 
-    fn wait_word(&self, word: &AtomicU32, value: u32, limit: Duration) {
+    fn wait_word(&self, word: &BoardWord, value: u32, limit: Duration) {
         if let Err(error) = futex::wait(word, value, Some(limit)) {
             tracing::error!(%error, "waiting for a word of the board failed");
         }
     }
 
-    fn wake_word(&self, word: &AtomicU32) {
+    fn wake_word(&self, word: &BoardWord) {
         if let Err(error) = futex::wake_all(word) {
             tracing::error!(%error, "waking those who wait for a word of the board failed");
         }

@@ -8,13 +8,14 @@
 //! registration nor marks; devices store to pinned pages whatever lies over them.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::world::{Call, HostPlant, World};
+use super::world::{Call, HostPlant, Waits, World};
 use crate::frames::CutId;
 use crate::space::{Fault, Host, HostError, PageSource, PageStates, Patch, Traps};
+use crate::sync::{AtomicU32, point};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, MemoryShape, PAGE_BYTES, PageSet, index};
 
 /// What a guest's access ran into.
@@ -117,6 +118,7 @@ impl SimHost {
     }
 
     fn try_call(&self, call: Call, action: &'static str, leaf: LeafNumber) -> Result<(), HostError> {
+        point();
         if self.world.fails(call) { Err(refused(action, leaf)) } else { Ok(()) }
     }
 
@@ -131,6 +133,7 @@ impl SimHost {
 
     /// A guest's load.
     pub(super) fn load(&self, gfn: Gfn) -> Result<u64, Trap> {
+        point();
         let (leaf, position) = (gfn.leaf(), gfn.in_leaf());
         self.with_leaf(leaf, |state| {
             if state.pages[position].is_poisoned {
@@ -149,6 +152,7 @@ impl SimHost {
 
     /// A guest's store.
     pub(super) fn store(&self, gfn: Gfn, value: u64) -> Result<(), Trap> {
+        point();
         let stores_pass = self.world.plant == HostPlant::StoresPassProtection;
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
@@ -168,6 +172,7 @@ impl SimHost {
 
     /// A device's store to a page that it holds.
     pub(super) fn device_store(&self, gfn: Gfn, value: u64) {
+        point();
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
             page.assert_held(gfn);
@@ -187,7 +192,9 @@ impl SimHost {
     pub(super) fn hold(&self, gfn: Gfn) {
         self.with_leaf(gfn.leaf(), |state| {
             let page = &mut state.pages[gfn.in_leaf()];
-            assert!(page.own.is_some() && !page.mark, "{gfn} was pinned and is not exclusive");
+            // With more than one thread a cut may have come since the pin.
+            let is_open = !page.mark || !matches!(self.world.waits(), Waits::Serves);
+            assert!(page.own.is_some() && is_open, "{gfn} was pinned and is not exclusive");
             assert!(page.holds == 0 || page.frame == page.held_frame, "{gfn}: a held page has gone away");
             page.is_swapped = false;
             page.held_frame = page.frame;
@@ -338,6 +345,7 @@ impl Host for SimHost {
     }
 
     fn protect(&self, first: LeafNumber, count: u32) -> Result<(), HostError> {
+        point();
         let fails = self.world.fails(Call::Protect);
         // A refusal may come half-way: the first leaf is protected then.
         let done = if fails { 1 } else { count };
@@ -493,6 +501,7 @@ impl Host for SimHost {
     }
 
     fn copy_page(&self, gfn: Gfn, into: &mut [u8; PAGE_BYTES]) {
+        point();
         let value = self.with_leaf(gfn.leaf(), |state| state.pages[gfn.in_leaf()].own);
         let value = value.unwrap_or_else(|| panic!("{gfn} is copied and not exclusive"));
         into[..8].copy_from_slice(&value.to_le_bytes());
@@ -506,7 +515,9 @@ impl Host for SimHost {
     ) -> Result<(), HostError> {
         self.try_call(Call::PublishBlock, "publishing a block", leaf)?;
         let bytes = |(position, source): (usize, &PageSource<'_>)| self.bytes_of(leaf, position, *source);
-        self.world.write_block(cut, leaf, sources.iter().enumerate().map(bytes).collect());
+        let pages = sources.iter().enumerate().map(bytes).collect();
+        point();
+        self.world.write_block(cut, leaf, pages);
         Ok(())
     }
 
@@ -525,8 +536,11 @@ impl Host for SimHost {
     }
 
     fn wait_word(&self, word: &AtomicU32, value: u32, _limit: Duration) {
-        // There is one thread: whoever is waited for works now.
-        self.world.serve_all();
+        match self.world.waits() {
+            Waits::Serves => self.world.serve_all(),
+            Waits::Looks => return shuttle::thread::yield_now(),
+            Waits::Sleeps(futexes) => return futexes.wait(word, value),
+        }
         if word.load(Ordering::Acquire) != value {
             self.idle_waits.store(0, Ordering::Relaxed);
             return;
@@ -535,5 +549,9 @@ impl Host for SimHost {
         assert!(idle < 8, "a clone waits for a word that nobody will change");
     }
 
-    fn wake_word(&self, _word: &AtomicU32) {}
+    fn wake_word(&self, word: &AtomicU32) {
+        if let Waits::Sleeps(futexes) = self.world.waits() {
+            futexes.wake(word);
+        }
+    }
 }

@@ -244,7 +244,7 @@ fn runner(cases: u32, max_shrink_iters: u32) -> TestRunner {
 
 /// Scripts of random operations, each judged; the one that fails is shrunk.
 fn judge(failures: Failures) {
-    let cases = cases(400);
+    let cases = cases(120);
     let result = runner(cases, 4096).run(&operations(failures), |operations| {
         run(HostPlant::None, &operations);
         Ok(())
@@ -273,8 +273,8 @@ fn a_refusing_host_harms_nobody_else() {
 #[test]
 fn the_operations_reach_all_of_it() {
     let mut done = BTreeMap::new();
-    let mut runner = runner(250, 0);
-    for _ in 0..250 {
+    let mut runner = runner(100, 0);
+    for _ in 0..100 {
         let operations =
             operations(Failures::None).new_tree(&mut runner).expect("nothing is filtered").current();
         let mut colony = Colony::new(HostPlant::None);

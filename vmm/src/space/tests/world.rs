@@ -1,5 +1,5 @@
-//! What all simulated hosts of a colony share: the arena's files, the failures to come, and the
-//! faults planted to prove that the tests can fail.
+//! What all simulated hosts of a colony share: the arena's files, the failures to come, how one waits,
+//! and the faults planted to prove that the tests can fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +9,7 @@ use crate::board::Patches;
 use crate::frames::CutId;
 use crate::space::tests::host::SimHost;
 use crate::space::{Keep, Space};
+use crate::sync::{self, AtomicU32};
 use crate::words::{LEAF_PAGES, LeafNumber};
 
 /// A host that breaks what the rules rely on, to show that the checks find it. Broken rules are
@@ -78,6 +79,7 @@ pub(super) type Files = BTreeMap<CutId, CutFile>;
 pub(super) struct World {
     pub(super) plant: HostPlant,
     next_frame: AtomicU64,
+    waits: Waits,
     files: Mutex<Files>,
     spaces: Mutex<Vec<Weak<Space<SimHost>>>>,
     failure: Mutex<Option<Failure>>,
@@ -85,15 +87,68 @@ pub(super) struct World {
     keep: Mutex<Keep>,
 }
 
+/// How one waits for a word.
+pub(super) enum Waits {
+    /// There is one thread: whoever is waited for does now what he is asked for.
+    Serves,
+    /// By looking again and again, as if each wait came to the end of its time.
+    Looks,
+    /// Until it is woken, and never less long: a wake-up that is missing is found.
+    Sleeps(Futexes),
+}
+
+/// The sleepers of all words: the numbers of wake-ups, by address.
+#[derive(Default)]
+pub(super) struct Futexes {
+    wakes: shuttle::sync::Mutex<BTreeMap<usize, u64>>,
+    changed: shuttle::sync::Condvar,
+}
+
+impl Futexes {
+    /// Sleeps while `word` is `value`, as the kernel does: it looks under the lock that wakers take.
+    pub(super) fn wait(&self, word: &AtomicU32, value: u32) {
+        let at = std::ptr::from_ref(word).addr();
+        let wakes_of = |wakes: &BTreeMap<usize, u64>| wakes.get(&at).copied().unwrap_or(0);
+        let wakes = self.wakes.lock().unwrap_or_else(PoisonError::into_inner);
+        if sync::plain(word).load(Ordering::Acquire) == value {
+            let before = wakes_of(&wakes);
+            let woken = self.changed.wait_while(wakes, |wakes| wakes_of(wakes) == before);
+            drop(woken.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    pub(super) fn wake(&self, word: &AtomicU32) {
+        let at = std::ptr::from_ref(word).addr();
+        *self.wakes.lock().unwrap_or_else(PoisonError::into_inner).entry(at).or_default() += 1;
+        self.changed.notify_all();
+    }
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl World {
+    /// The world of one thread.
     pub(super) fn new(plant: HostPlant) -> Arc<Self> {
+        Self::with(plant, Waits::Serves)
+    }
+
+    /// The world of threads that shuttle runs.
+    pub(super) fn of_threads(waits: Waits) -> Arc<Self> {
+        Self::with(HostPlant::None, waits)
+    }
+
+    /// How one waits in it.
+    pub(super) fn waits(&self) -> &Waits {
+        &self.waits
+    }
+
+    fn with(plant: HostPlant, waits: Waits) -> Arc<Self> {
         Arc::new(Self {
             plant,
             next_frame: AtomicU64::new(1),
+            waits,
             files: Mutex::default(),
             spaces: Mutex::default(),
             failure: Mutex::default(),

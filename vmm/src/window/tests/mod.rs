@@ -1,6 +1,7 @@
 //! The window on the real kernel, without KVM: a host thread is the guest.
 //!
 //! - [`nursery`]: a colony in one process: VMs, cuts, clones, and a checker over all of them.
+//! - [`reclaim`]: what the kernel does with pages behind a window's back.
 //! - [`maps`]: what the kernel says of a window's mappings.
 //! - The other modules are tests, by subject.
 //!
@@ -9,6 +10,7 @@
 mod devices;
 mod maps;
 mod nursery;
+mod reclaim;
 mod rows;
 
 mod basic;

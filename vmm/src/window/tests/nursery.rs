@@ -296,8 +296,17 @@ impl Nursery {
 
     /// One more clone of a cut.
     pub(super) fn clone_of(&mut self, cut: CutId) -> Arc<Vm> {
+        self.make_clone(cut, false)
+    }
+
+    /// One more clone of a cut, which can be reset.
+    pub(super) fn resettable_clone_of(&mut self, cut: CutId) -> Arc<Vm> {
+        self.make_clone(cut, true)
+    }
+
+    fn make_clone(&mut self, cut: CutId, is_resettable: bool) -> Arc<Vm> {
         let slot = self.take_slot();
-        let id = self.family.clone_vm(cut, slot, false).expect("the cut is there");
+        let id = self.family.clone_vm(cut, slot, is_resettable).expect("the cut is there");
         let window = self.window();
         window.become_clone(cut).expect("a clone's window");
         let space = Space::new_clone(window, self.board.clone(), slot, self.shape, cut);
@@ -307,6 +316,15 @@ impl Nursery {
     pub(super) fn fork(&mut self, source: &Vm) -> Arc<Vm> {
         let (cut, _) = self.cut(source);
         self.clone_of(cut)
+    }
+
+    /// A clone returns to its cut.
+    pub(super) fn reset(&mut self, vm: &Vm) {
+        if !self.family.is_at_origin(vm.id).expect("a clone") {
+            self.family.reset_vm(vm.id).expect("room for tables");
+        }
+        vm.space.reset().expect("the host does not refuse");
+        *vm.last_cut.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Ends a VM. Its window stays as long as others need it.
