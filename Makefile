@@ -6,7 +6,7 @@ TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
 .PHONY: coverage miri
-.PHONY: help build static demo bench bench-smoke test lint fmt linux-guest linux-guest-if-possible linux-figures clean
+.PHONY: help build static demo bench bench-smoke test api-check lint fmt linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ bench-smoke: ## Check that the benchmark works: records come out and parse
 test: lint linux-guest-if-possible ## Check and test everything; what the host cannot do is reported as SKIPPED
 	$(CARGO) build --workspace
 	$(CARGO) test --workspace --no-fail-fast -- --test-threads=$(TEST_THREADS) --show-output
+
+# Schemathesis comes from PyPI, into target/api-check. More requests: `make api-check EXAMPLES=500`.
+EXAMPLES ?= 50
+api-check: ## Have schemathesis make requests from the API's document
+	$(CARGO) build --package salp
+	python3 resources/api/check.py target/debug/salp target/api-check $(EXAMPLES)
 
 lint: ## Check formatting and clippy's rules
 	$(CARGO) fmt --all --check

@@ -234,3 +234,13 @@ pub fn expect_refusal(output: &Output, status: i32, words: &[&str]) {
     assert!(!said.contains("panicked"), "{said}");
     assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
 }
+
+/// How often the threads of a process have gone to sleep.
+#[must_use]
+pub fn switches(pid: u32) -> u64 {
+    let tasks = entries(&format!("/proc/{pid}/task"));
+    let status = |task: &String| fs::read_to_string(format!("/proc/{pid}/task/{task}/status"));
+    let texts = tasks.iter().filter_map(|task| status(task).ok()).collect::<String>();
+    let lines = texts.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
+    lines.filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok()).sum()
+}

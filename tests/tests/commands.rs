@@ -1,12 +1,10 @@
 //! The commands, with the real binary, each from a process of its own: run, fork, ps, stop, console;
-//! what users get wrong, colonies that were killed, and the control socket itself. Nothing is left
+//! what users get wrong, and colonies that were killed. Nothing is left
 //! behind by any of it.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -15,8 +13,6 @@ use salp_tests::user::{User, signal};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// How long nothing may happen.
-const IDLE: Duration = Duration::from_secs(2);
 /// A guest that prints a line every 10 ms.
 const TALKER: &str = "case=idle mib=1 us=10000 say=1";
 /// A guest that does nothing until it is told to, which is never.
@@ -261,83 +257,5 @@ fn clones_have_the_dma_backing_and_its_file_is_not_written() {
     }
     assert!(fs::read(&file).expect("it is there") == bytes, "the file was written");
     fs::remove_file(&file).expect("it is ours");
-    user.end();
-}
-
-/// What a colony answers to these bytes.
-fn exchange(socket: &PathBuf, request: &str) -> (u16, String) {
-    let mut stream = UnixStream::connect(socket).expect("it listens");
-    stream.write_all(request.as_bytes()).expect("it reads");
-    stream.shutdown(std::net::Shutdown::Write).expect("a connection");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    let status = answer.split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a status");
-    (status, answer)
-}
-
-#[test]
-fn the_socket_speaks_http_and_says_what_is_wrong() {
-    let Some(user) = User::new("commands-socket") else { return };
-    user.run("a", SLEEPER);
-    let socket = user.place().join(format!("colony-{}.sock", user.keeper("a")));
-    let post = |path: &str, body: &str| {
-        format!("POST {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())
-    };
-    let cases = [
-        ("GET /v1/vms HTTP/1.1\r\n\r\n".to_owned(), 200, "\"name\":\"a\""),
-        ("GET /v1/vms/a HTTP/1.1\r\n\r\n".to_owned(), 200, "\"state\":\"running\""),
-        ("GET /v1/vms/b HTTP/1.1\r\n\r\n".to_owned(), 404, "unknown-vm"),
-        ("GET /nowhere HTTP/1.1\r\n\r\n".to_owned(), 404, "unknown-path"),
-        ("DELETE /v1/vms HTTP/1.1\r\n\r\n".to_owned(), 405, "wrong-method"),
-        ("nonsense\r\n\r\n".to_owned(), 400, "bad-request"),
-        ("GET /v1/vms HTTP/1.1\r\n".to_owned(), 400, "bad-request"),
-        (post("/v1/vms/a/fork", "{\"count\":"), 400, "bad-request"),
-        (post("/v1/vms/a/fork", "{\"counts\":1}"), 400, "counts"),
-        (post("/v1/vms/a/fork", "{\"count\":0}"), 422, "bad-count"),
-        (post("/v1/vms/a/fork", "{\"name\":\"a b\"}"), 422, "bad-name"),
-        (post("/v1/vms/a/fork", "{\"name\":\"a\"}"), 409, "name-taken"),
-        (post("/v1/vms/a/fork", ""), 201, "\"name\":\"a-1\""),
-        (post("/v1/vms/a/stop", ""), 200, "\"is_colony_ending\":false"),
-        (post("/v1/vms/a/stop", ""), 409, "not-running"),
-    ];
-    for (request, status, word) in cases {
-        let (got, answer) = exchange(&socket, &request);
-        assert!(got == status && answer.contains(word), "{request:?}: {answer}");
-        assert_eq!(answer.contains("application/problem+json"), status >= 400, "{answer}");
-    }
-    user.succeed(&["stop", "a-1"]);
-    user.end();
-}
-
-/// How often the threads of a process have gone to sleep.
-fn switches(pid: u32) -> u64 {
-    let tasks = entries(&format!("/proc/{pid}/task"));
-    let status = |task: &String| fs::read_to_string(format!("/proc/{pid}/task/{task}/status"));
-    let texts = tasks.iter().filter_map(|task| status(task).ok()).collect::<String>();
-    let lines = texts.lines().filter(|line| line.contains("voluntary_ctxt_switches"));
-    lines.filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok()).sum()
-}
-
-#[test]
-fn an_idle_colony_uses_no_processor() {
-    let Some(user) = User::new("commands-idle") else { return };
-    user.run("a", SLEEPER);
-    user.succeed(&["fork", "a", "-n", "2"]);
-    let vms = user.ps();
-    let members = vms.iter().filter_map(|vm| u32::try_from(vm["pid"].as_u64()?).ok());
-    let pids: Vec<_> = members.chain([user.keeper("a")]).collect();
-    assert_eq!(pids.len(), 4);
-    let sum = || pids.iter().map(|pid| switches(*pid)).sum::<u64>();
-    // Memory is published after a fork, and the pool is filled: that ends.
-    let still = || {
-        let before = sum();
-        std::thread::sleep(IDLE);
-        sum() - before
-    };
-    let switched = settled(LIMIT, still, |switched| *switched == 0);
-    assert_eq!(switched, 0, "threads of an idle colony wake");
-    for name in ["a-1", "a", "a-2"] {
-        user.succeed(&["stop", name]);
-    }
     user.end();
 }

@@ -19,7 +19,8 @@ const TALKER: &str = "case=idle mib=1 us=10000 say=1";
 fn request(user: &User, keeper: u32, method: &str, path: &str, body: &str) -> (u16, Value) {
     let socket = user.place().join(format!("colony-{keeper}.sock"));
     let mut stream = UnixStream::connect(socket).expect("it listens");
-    let head = format!("{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head =
+        format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all((head + body).as_bytes()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers");
@@ -96,9 +97,9 @@ fn a_vm_is_paused_forked_and_resumed() {
     user.succeed(&["stop", "a-2"]);
     assert_eq!(user.vm("a-2")["state"], "stopped");
     let wrong = [
-        ("a", r#"{"state":"stopped"}"#, 400, "bad-request"),
-        ("a", "", 400, "bad-request"),
-        ("a", r#"{"state":"paused","for":1}"#, 400, "bad-request"),
+        ("a", r#"{"state":"stopped"}"#, 422, "bad-fields"),
+        ("a", "", 422, "bad-fields"),
+        ("a", r#"{"state":"paused","for":1}"#, 422, "bad-fields"),
         ("nobody", r#"{"state":"paused"}"#, 404, "unknown-vm"),
         ("a-2", r#"{"state":"paused"}"#, 409, "not-running"),
         ("a-2", r#"{"state":"running"}"#, 409, "not-running"),

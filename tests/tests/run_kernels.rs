@@ -143,7 +143,10 @@ fn an_image_that_asks_for_pvh_gets_it() {
 fn post(user: &User, name: &str, input: &[u8]) -> String {
     let socket = user.place().join(format!("colony-{}.sock", user.keeper(name)));
     let mut stream = UnixStream::connect(socket).expect("it listens");
-    let head = format!("POST /v1/vms/{name}/console HTTP/1.1\r\nContent-Length: {}\r\n\r\n", input.len());
+    let length = input.len();
+    let head = format!(
+        "POST /v1/vms/{name}/console HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+    );
     stream.write_all(&[head.as_bytes(), input].concat()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers");

@@ -51,13 +51,17 @@ fn client() -> Client {
 /// # Errors
 /// Nothing was cloned.
 pub fn fork(arguments: &ForkArguments) -> Result<ExitCode, ControlError> {
-    let request = ForkRequest { count: arguments.count, name: arguments.name.clone() };
+    let (count, name) = (arguments.count, arguments.name.clone());
+    let request = ForkRequest { count, name, ..ForkRequest::default() };
     let reply = client().fork(&arguments.source, &request)?;
     let mut out = io::stdout().lock();
-    for clone in reply.clones {
+    for clone in &reply.clones {
         writeln!(out, "{}  pause {:.0} us  call {:.0} us", clone.name, clone.pause_us, clone.call_us)?;
     }
-    Ok(ExitCode::SUCCESS)
+    for clone in &reply.missing {
+        eprintln!("salp: {} could not be had: {}", clone.name, clone.problem.detail);
+    }
+    Ok(if reply.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// `salp ps`.
@@ -229,11 +233,13 @@ mod tests {
             name: "salp-1-1".to_owned(),
             id: 2,
             parent: Some("salp-1".to_owned()),
+            parent_id: Some(1),
             state: VmState::Ended { how: HowEnded::Exited, status: Some(3), text: String::new() },
             memory_bytes: 512 << 20,
             cpus: 1,
             pid: None,
             keeper_pid: 7,
+            socket: "/run/s".into(),
             console: "/run/c".into(),
         };
         let expected = "\

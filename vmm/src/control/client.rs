@@ -1,14 +1,26 @@
-//! The other end of the socket: what `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop` and `console` do.
+//! The other end of the socket: what `salp fork`, `ps`, `pause`, `resume`, `reset`, `stop`, `console` and
+//! the like do.
 
-use std::io::{self, BufReader, Read as _, Write};
+use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use axum::body::{Body, Bytes};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::{Method, Request, Response, header};
+use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
 
-use super::http::{self, Request, ResponseHead};
+use super::config::VmConfig;
+use super::events::Event;
 use super::place::{Found, Place};
+use super::resources::{ColonyView, MemoryView, RemoveReply, StatsView};
 use super::{
     ControlError, ForkReply, ForkRequest, InputReply, Problem, ResetView, StateRequest, StopReply, VmList,
     VmView, WantedState,
@@ -58,8 +70,8 @@ impl Client {
         let mut all = Everything { last_words: self.place.take_last_words()?, ..Everything::default() };
         for socket in self.place.sockets()? {
             match self.place.connect(&socket)? {
-                Found::Colony(stream) => match call::<VmList>(stream, LIST_LIMIT, "GET", "/v1/vms", &()) {
-                    Ok((list, _)) => all.vms.extend(list.vms),
+                Found::Colony(stream) => match list_of(stream) {
+                    Ok(list) => all.vms.extend(list.vms),
                     // It has ended in between.
                     Err(ControlError::Socket(_) | ControlError::Ending) => {}
                     Err(error @ ControlError::Silent { .. }) => all.silent.push(error),
@@ -77,8 +89,67 @@ impl Client {
     /// # Errors
     /// There is none of that name, or its colony gave no sensible answer.
     pub fn view(&self, name: &str) -> Result<VmView, ControlError> {
-        let path = format!("/v1/vms/{name}");
-        call(self.connect(name)?, LIST_LIMIT, "GET", &path, &()).map(|(view, _)| view)
+        self.connect(name)?.get(&vm_path(name, ""))
+    }
+
+    /// A VM's memory, leaf by leaf.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn memory(&self, name: &str) -> Result<MemoryView, ControlError> {
+        self.connect(name)?.get(&vm_path(name, "/memory"))
+    }
+
+    /// What a VM uses and has done.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn stats(&self, name: &str) -> Result<StatsView, ControlError> {
+        self.connect(name)?.get(&vm_path(name, "/stats"))
+    }
+
+    /// The colony that a VM is of.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn colony(&self, name: &str) -> Result<ColonyView, ControlError> {
+        self.connect(name)?.get("/v1/colony")
+    }
+
+    /// Starts another VM in the colony of this one.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn start(&self, name: &str, config: &VmConfig) -> Result<VmView, ControlError> {
+        self.connect(name)?.act(Method::POST, "/v1/vms", config)
+    }
+
+    /// Waits until a VM has ended.
+    ///
+    /// # Errors
+    /// There is none of that name, or its colony was ended or killed before anybody could say how.
+    pub fn wait(&self, name: &str) -> Result<VmView, ControlError> {
+        let mut text = Vec::new();
+        self.connect(name)?.stream(&vm_path(name, "/wait"), None, &mut |chunk| {
+            text.extend_from_slice(chunk);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        from_json(&text)
+    }
+
+    /// Removes a VM from the list; one that has not ended is stopped first, if `is_forced`. If it was the
+    /// last of its colony, waits until nothing is left of that.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn remove(&self, name: &str, is_forced: bool) -> Result<RemoveReply, ControlError> {
+        let mut connection = self.connect(name)?;
+        let path = vm_path(name, if is_forced { "?force=true" } else { "" });
+        let reply: RemoveReply = connection.act(Method::DELETE, &path, &())?;
+        if reply.is_colony_ending {
+            connection.wait_for_end()?;
+        }
+        Ok(reply)
     }
 
     /// Clones a VM.
@@ -86,8 +157,7 @@ impl Client {
     /// # Errors
     /// There is none of that name, or what its colony said.
     pub fn fork(&self, name: &str, request: &ForkRequest) -> Result<ForkReply, ControlError> {
-        let path = format!("/v1/vms/{name}/fork");
-        call(self.connect(name)?, ACT_LIMIT, "POST", &path, request).map(|(reply, _)| reply)
+        self.connect(name)?.act(Method::POST, &vm_path(name, "/fork"), request)
     }
 
     /// Pauses a VM, or lets it go on.
@@ -95,9 +165,7 @@ impl Client {
     /// # Errors
     /// There is none of that name, or what its colony said.
     pub fn set_state(&self, name: &str, state: WantedState) -> Result<VmView, ControlError> {
-        let path = format!("/v1/vms/{name}");
-        let request = StateRequest { state };
-        call(self.connect(name)?, ACT_LIMIT, "PATCH", &path, &request).map(|(view, _)| view)
+        self.connect(name)?.act(Method::PATCH, &vm_path(name, ""), &StateRequest { state })
     }
 
     /// Returns a clone to its cut.
@@ -105,8 +173,7 @@ impl Client {
     /// # Errors
     /// There is none of that name, or what its colony said.
     pub fn reset(&self, name: &str) -> Result<ResetView, ControlError> {
-        let path = format!("/v1/vms/{name}/reset");
-        call(self.connect(name)?, ACT_LIMIT, "POST", &path, &()).map(|(view, _)| view)
+        self.connect(name)?.act(Method::POST, &vm_path(name, "/reset"), &())
     }
 
     /// Stops a VM; if it is the last of its colony, waits until nothing is left of that.
@@ -114,11 +181,10 @@ impl Client {
     /// # Errors
     /// There is none of that name, or what its colony said.
     pub fn stop(&self, name: &str) -> Result<StopReply, ControlError> {
-        let path = format!("/v1/vms/{name}/stop");
-        let (reply, mut rest) = call::<StopReply>(self.connect(name)?, ACT_LIMIT, "POST", &path, &())?;
+        let mut connection = self.connect(name)?;
+        let reply: StopReply = connection.act(Method::POST, &vm_path(name, "/stop"), &())?;
         if reply.is_colony_ending {
-            rest.get_ref().set_read_timeout(Some(END_LIMIT))?;
-            rest.read_to_end(&mut Vec::new())?;
+            connection.wait_for_end()?;
         }
         Ok(reply)
     }
@@ -128,26 +194,33 @@ impl Client {
     /// # Errors
     /// There is none of that name, `out` refused, or the colony was killed.
     pub fn console(&self, name: &str, out: &mut dyn Write) -> Result<(), ControlError> {
-        let path = format!("/v1/vms/{name}/console");
-        let request = Request { method: "GET".to_owned(), path, body: Vec::new() };
-        let (head, mut from) = send(self.connect(name)?, LIST_LIMIT, &request)?;
-        if head.status != 200 {
-            return Err(problem(&mut from));
-        }
-        // A guest may be silent for as long as it likes.
-        from.get_ref().set_read_timeout(None)?;
-        let mut chunk = vec![0; 16 << 10];
-        loop {
-            let count = match from.read(&mut chunk) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                count => count?,
-            };
-            if count == 0 {
-                return Ok(());
-            }
-            out.write_all(&chunk[..count])?;
+        self.connect(name)?.stream(&vm_path(name, "/console"), Some(LIST_LIMIT), &mut |chunk| {
+            out.write_all(chunk)?;
             out.flush()?;
-        }
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    /// Tells what happens in a VM's colony from now on, until `take` has had enough, or the colony ends.
+    ///
+    /// # Errors
+    /// There is no VM of that name, or the colony was killed.
+    pub fn events(
+        &self,
+        name: &str,
+        mut take: impl FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<(), ControlError> {
+        let mut rest = Vec::new();
+        self.connect(name)?.stream("/v1/events", Some(LIST_LIMIT), &mut |chunk| {
+            rest.extend_from_slice(chunk);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<_> = rest.drain(..=end).collect();
+                if take(from_json(&line)?).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+            Ok(ControlFlow::Continue(()))
+        })
     }
 
     /// Gives a VM console input. Returns how many bytes found room: the rest is to be given again.
@@ -155,96 +228,156 @@ impl Client {
     /// # Errors
     /// There is none of that name, or what its colony said.
     pub fn input(&self, name: &str, input: &[u8]) -> Result<usize, ControlError> {
-        let path = format!("/v1/vms/{name}/console");
         // Whatever does not fit a request is part of the rest.
-        let body = input[..input.len().min(INPUT_BYTES)].to_vec();
-        let request = Request { method: "POST".to_owned(), path, body };
-        let (reply, _) = exchange::<InputReply>(self.connect(name)?, LIST_LIMIT, &request)?;
+        let body = Bytes::copy_from_slice(&input[..input.len().min(INPUT_BYTES)]);
+        let request = request(Method::POST, &vm_path(name, "/console"), Body::from(body))?;
+        let reply: InputReply = self.connect(name)?.exchange(LIST_LIMIT, request)?;
         Ok(reply.accepted_bytes)
     }
 
-    fn connect(&self, name: &str) -> Result<UnixStream, ControlError> {
+    fn connect(&self, name: &str) -> Result<Connection, ControlError> {
         match self.place.find(name)? {
-            Found::Colony(stream) => Ok(stream),
+            Found::Colony(stream) => Connection::over(stream),
             Found::Stale => Err(ControlError::Stale(name.to_owned())),
             Found::Nothing => Err(ControlError::Unknown(name.to_owned())),
         }
     }
 }
 
-/// Sends a request and waits for the head of its answer, at most `limit`.
-fn send(
-    mut stream: UnixStream,
-    limit: Duration,
-    request: &Request,
-) -> Result<(ResponseHead, BufReader<UnixStream>), ControlError> {
-    // The process that listens: its keeper.
-    let keeper_pid = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?.pid;
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
-    let written = http::write_request(&mut stream, request).map_err(ControlError::from);
-    let mut from = BufReader::new(stream);
-    let head = written.and_then(|()| response(&mut from));
-    match head {
-        Ok(head) => Ok((head, from)),
-        Err(ControlError::Socket(error)) if is_timeout(&error) => Err(ControlError::Silent {
-            keeper_pid: keeper_pid.as_raw_nonzero().get(),
-            seconds: limit.as_secs(),
-        }),
-        Err(error) => Err(error),
+fn list_of(stream: UnixStream) -> Result<VmList, ControlError> {
+    Connection::over(stream)?.get("/v1/vms")
+}
+
+fn vm_path(name: &str, rest: &str) -> String {
+    format!("/v1/vms/{name}{rest}")
+}
+
+/// Takes what comes, and says whether it wants more.
+type Take<'a> = dyn FnMut(&[u8]) -> Result<ControlFlow<()>, ControlError> + 'a;
+
+/// A connection to a colony, with the little that drives it.
+struct Connection {
+    runtime: Runtime,
+    sender: SendRequest<Body>,
+    driver: JoinHandle<()>,
+    keeper_pid: i32,
+}
+
+impl Connection {
+    fn over(stream: UnixStream) -> Result<Self, ControlError> {
+        // The process that listens: its keeper.
+        let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?;
+        stream.set_nonblocking(true)?;
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (sender, connection) = runtime.block_on(async {
+            let stream = TokioIo::new(tokio::net::UnixStream::from_std(stream)?);
+            http1::handshake(stream).await.map_err(broken)
+        })?;
+        let driver = runtime.spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "the connection to a colony has ended");
+            }
+        });
+        Ok(Self { runtime, sender, driver, keeper_pid: peer.pid.as_raw_nonzero().get() })
+    }
+
+    fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, ControlError> {
+        self.exchange(LIST_LIMIT, request(Method::GET, path, Body::empty())?)
+    }
+
+    fn act<T: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ControlError> {
+        let body = serde_json::to_vec(body).map_err(|error| ControlError::Protocol(error.to_string()))?;
+        self.exchange(ACT_LIMIT, request(method, path, Body::from(body))?)
+    }
+
+    /// A request and its answer.
+    fn exchange<T: DeserializeOwned>(
+        &mut self,
+        limit: Duration,
+        request: Request<Body>,
+    ) -> Result<T, ControlError> {
+        let response = self.send(limit, request)?;
+        from_json(&self.collect(response)?)
+    }
+
+    /// Gives `take` what comes for as long as it likes. The answer begins within `limit`, if there is one.
+    fn stream(
+        &mut self,
+        path: &str,
+        limit: Option<Duration>,
+        take: &mut Take<'_>,
+    ) -> Result<(), ControlError> {
+        let response =
+            self.send(limit.unwrap_or(Duration::MAX), request(Method::GET, path, Body::empty())?)?;
+        let mut body = response.into_body();
+        while let Some(frame) = self.runtime.block_on(body.frame()) {
+            if let Some(chunk) = frame.map_err(broken)?.data_ref()
+                && take(chunk)?.is_break()
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a request and waits for the head of its answer, at most `limit`.
+    fn send(&mut self, limit: Duration, request: Request<Body>) -> Result<Response<Incoming>, ControlError> {
+        let sent = self.sender.send_request(request);
+        let answer = self.runtime.block_on(async { tokio::time::timeout(limit, sent).await });
+        let silent = |_| ControlError::Silent { keeper_pid: self.keeper_pid, seconds: limit.as_secs() };
+        let response = answer.map_err(silent)?.map_err(broken)?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let text = self.collect(response)?;
+        let problem: Problem = serde_json::from_slice(&text)
+            .map_err(|error| ControlError::Protocol(format!("an error without a description: {error}")))?;
+        Err(ControlError::Problem(problem))
+    }
+
+    fn collect(&self, response: Response<Incoming>) -> Result<Bytes, ControlError> {
+        let body = self.runtime.block_on(response.into_body().collect());
+        Ok(body.map_err(broken)?.to_bytes())
+    }
+
+    /// Waits until the other side closes the connection.
+    fn wait_for_end(self) -> Result<(), ControlError> {
+        let ended = self.runtime.block_on(async { tokio::time::timeout(END_LIMIT, self.driver).await });
+        match ended {
+            Ok(_) => Ok(()),
+            Err(_) => Err(ControlError::Silent { keeper_pid: self.keeper_pid, seconds: END_LIMIT.as_secs() }),
+        }
     }
 }
 
-fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+fn request(method: Method, path: &str, body: Body) -> Result<Request<Body>, ControlError> {
+    let request = Request::builder().method(method).uri(path).header(header::HOST, "salp");
+    let request = request.header(header::CONTENT_TYPE, "application/json").body(body);
+    request.map_err(|error| ControlError::Protocol(error.to_string()))
+}
+
+fn from_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, ControlError> {
+    serde_json::from_slice(text).map_err(|error| ControlError::Protocol(error.to_string()))
 }
 
 /// A colony that ends closes its connections.
-fn response(from: &mut BufReader<UnixStream>) -> Result<ResponseHead, ControlError> {
-    match http::has_begun(from) {
-        Ok(false) => Err(ControlError::Ending),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(ControlError::Ending),
-        Err(error) => Err(error.into()),
-        Ok(_) => http::read_response(from),
+fn broken(error: hyper::Error) -> ControlError {
+    let is_reset = || {
+        let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+        source.is_some_and(|error| {
+            matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+        })
+    };
+    if error.is_incomplete_message() || error.is_canceled() || error.is_closed() || is_reset() {
+        ControlError::Ending
+    } else if error.is_parse() {
+        ControlError::Protocol(error.to_string())
+    } else {
+        ControlError::Socket(io::Error::other(error))
     }
-}
-
-fn problem(from: &mut BufReader<UnixStream>) -> ControlError {
-    match serde_json::from_reader::<_, Problem>(from) {
-        Ok(problem) => ControlError::Problem(problem),
-        Err(error) => ControlError::Protocol(format!("an error without a description: {error}")),
-    }
-}
-
-/// One request and its answer; the connection is returned with it.
-fn call<T: DeserializeOwned>(
-    stream: UnixStream,
-    limit: Duration,
-    method: &str,
-    path: &str,
-    body: &impl Serialize,
-) -> Result<(T, BufReader<UnixStream>), ControlError> {
-    let body = if method == "GET" { Vec::new() } else { to_json(body)? };
-    exchange(stream, limit, &Request { method: method.to_owned(), path: path.to_owned(), body })
-}
-
-/// As [`call`], of a whole request.
-fn exchange<T: DeserializeOwned>(
-    stream: UnixStream,
-    limit: Duration,
-    request: &Request,
-) -> Result<(T, BufReader<UnixStream>), ControlError> {
-    let (head, mut from) = send(stream, limit, request)?;
-    if !(200..300).contains(&head.status) {
-        return Err(problem(&mut from));
-    }
-    let length = head.body_bytes.ok_or_else(|| ControlError::Protocol("no length".to_owned()))?;
-    let mut body = Vec::new();
-    from.by_ref().take(length).read_to_end(&mut body)?;
-    let value = serde_json::from_slice(&body).map_err(|error| ControlError::Protocol(error.to_string()))?;
-    Ok((value, from))
-}
-
-fn to_json(body: &impl Serialize) -> Result<Vec<u8>, ControlError> {
-    serde_json::to_vec(body).map_err(|error| ControlError::Protocol(error.to_string()))
 }

@@ -1,29 +1,23 @@
 //! A VM's console: a file that has all of its output, and those who follow it.
 //!
 //! One thread appends; followers read the file at their own pace, so one that does not read (a
-//! terminal that stands still) holds up nobody. A follower waits on an eventfd of its own, together
-//! with the end of its connection.
+//! terminal that stands still) holds up nobody.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
-
-use super::lock;
+use tokio::sync::watch;
 
 /// Read at once by a follower.
 const CHUNK_BYTES: usize = 16 << 10;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Progress {
     len_bytes: u64,
     is_closed: bool,
-    bells: Vec<Arc<OwnedFd>>,
 }
 
 /// See the module.
@@ -31,7 +25,7 @@ struct Progress {
 pub struct Console {
     path: PathBuf,
     file: File,
-    progress: Mutex<Progress>,
+    progress: watch::Sender<Progress>,
 }
 
 impl Console {
@@ -41,7 +35,7 @@ impl Console {
     /// The host refused the file; also where there is one.
     pub fn create(path: PathBuf) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path)?;
-        Ok(Self { path, file, progress: Mutex::default() })
+        Ok(Self { path, file, progress: watch::Sender::default() })
     }
 
     /// Where its file is.
@@ -55,7 +49,7 @@ impl Console {
     /// # Errors
     /// The file cannot be read.
     pub fn tail(&self, most_bytes: u64) -> io::Result<String> {
-        let len_bytes = lock(&self.progress).len_bytes;
+        let len_bytes = self.progress.borrow().len_bytes;
         let mut bytes = vec![0; crate::words::index(len_bytes.min(most_bytes))];
         self.file.read_exact_at(&mut bytes, len_bytes.saturating_sub(most_bytes))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -63,111 +57,83 @@ impl Console {
 
     /// Adds output. What the host has no room for is lost, and said in the log.
     pub fn append(&self, bytes: &[u8]) {
-        let mut progress = lock(&self.progress);
-        if let Err(error) = (&self.file).write_all(bytes) {
-            tracing::error!(path = %self.path.display(), %error, "console output is lost");
-        }
-        // Also after a failure: part of it may have been written.
-        match self.file.metadata() {
-            Ok(metadata) => progress.len_bytes = metadata.len(),
-            Err(error) => tracing::error!(path = %self.path.display(), %error, "no length of a console"),
-        }
-        ring(&progress.bells);
+        self.progress.send_modify(|progress| {
+            if let Err(error) = (&self.file).write_all(bytes) {
+                tracing::error!(path = %self.path.display(), %error, "console output is lost");
+            }
+            // Also after a failure: part of it may have been written.
+            match self.file.metadata() {
+                Ok(metadata) => progress.len_bytes = metadata.len(),
+                Err(error) => tracing::error!(path = %self.path.display(), %error, "no length of a console"),
+            }
+        });
     }
 
     /// Nothing more will come: followers end when they have read all.
     pub fn close(&self) {
-        let mut progress = lock(&self.progress);
-        progress.is_closed = true;
-        ring(&progress.bells);
+        self.progress.send_modify(|progress| progress.is_closed = true);
     }
 
     /// More will come after all: the VM begins again.
     pub fn reopen(&self) {
-        lock(&self.progress).is_closed = false;
+        self.progress.send_modify(|progress| progress.is_closed = false);
     }
 
-    /// Writes everything from the beginning on to `out`, as it comes, until the console is closed, or
-    /// the other side of `connection` hangs up.
+    /// One who reads everything from the beginning on.
+    #[must_use]
+    pub fn follow(self: &Arc<Self>) -> Follower {
+        Follower { console: Arc::clone(self), progress: self.progress.subscribe(), at: 0 }
+    }
+}
+
+/// Reads a console from its beginning, as it comes, until it is closed.
+#[derive(Debug)]
+pub struct Follower {
+    console: Arc<Console>,
+    progress: watch::Receiver<Progress>,
+    at: u64,
+}
+
+impl Follower {
+    /// What comes next; none: the console is closed.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        loop {
+            let Progress { len_bytes, is_closed } = *self.progress.borrow_and_update();
+            if self.at < len_bytes {
+                let most = usize::try_from(len_bytes - self.at).unwrap_or(usize::MAX).min(CHUNK_BYTES);
+                let mut chunk = vec![0; most];
+                let count = self.console.file.read_at(&mut chunk, self.at)?;
+                // 0: somebody has cut the file off, what was there is gone.
+                self.at = if count == 0 { len_bytes } else { self.at + crate::words::wide(count) };
+                chunk.truncate(count);
+                return Ok(Some(chunk));
+            }
+            if is_closed || self.progress.changed().await.is_err() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Writes all of it to `out`, in this thread.
     ///
     /// # Errors
     /// `out` or the file refused.
-    pub fn follow(&self, out: &mut dyn Write, connection: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        lock(&self.progress).bells.push(Arc::clone(&bell));
-        let result = self.follow_with(&bell, out, connection);
-        lock(&self.progress).bells.retain(|other| !Arc::ptr_eq(other, &bell));
-        result
-    }
-
-    fn follow_with(
-        &self,
-        bell: &OwnedFd,
-        out: &mut dyn Write,
-        connection: Option<BorrowedFd<'_>>,
-    ) -> io::Result<()> {
-        let mut at = 0;
-        let mut chunk = vec![0; CHUNK_BYTES];
-        loop {
-            let (len_bytes, is_closed) = {
-                let progress = lock(&self.progress);
-                (progress.len_bytes, progress.is_closed)
-            };
-            while at < len_bytes {
-                let most = usize::try_from(len_bytes - at).unwrap_or(usize::MAX).min(CHUNK_BYTES);
-                let count = self.file.read_at(&mut chunk[..most], at)?;
-                if count == 0 {
-                    // Somebody has cut the file off: what was there is gone.
-                    at = len_bytes;
-                    break;
-                }
-                out.write_all(&chunk[..count])?;
-                at += crate::words::wide(count);
-            }
+    pub fn copy_to(mut self, out: &mut dyn Write) -> io::Result<()> {
+        let waiting = tokio::runtime::Builder::new_current_thread().build()?;
+        while let Some(chunk) = waiting.block_on(self.next())? {
+            out.write_all(&chunk)?;
             out.flush()?;
-            if is_closed {
-                return Ok(());
-            }
-            if !wait(bell, connection)? {
-                return Ok(());
-            }
         }
-    }
-}
-
-/// Waits for the bell; false: the connection's other side is gone.
-fn wait(bell: &OwnedFd, connection: Option<BorrowedFd<'_>>) -> io::Result<bool> {
-    let mut ends = vec![PollFd::new(bell, PollFlags::IN)];
-    // Its hanging up is told in any case.
-    ends.extend(connection.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)));
-    match poll(&mut ends, None) {
-        Ok(_) => {}
-        Err(Errno::INTR) => return Ok(true),
-        Err(error) => return Err(error.into()),
-    }
-    if ends.get(1).is_some_and(|end| !end.revents().is_empty()) {
-        return Ok(false);
-    }
-    match rustix::io::read(bell, &mut [0; 8]) {
-        Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(true),
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn ring(bells: &[Arc<OwnedFd>]) {
-    for bell in bells {
-        match rustix::io::write(bell, &1_u64.to_ne_bytes()) {
-            // Full: it rings already.
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(error) => tracing::error!(%error, "a follower of a console cannot be woken"),
-        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
-    use std::os::fd::AsFd as _;
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -180,13 +146,11 @@ mod tests {
     #[test]
     fn a_follower_gets_what_is_there_and_what_comes() {
         let (console, path) = console("follow");
+        assert!(Console::create(path.clone()).is_err(), "a file that exists is not taken");
         console.append(b"before ");
-        let (mut ours, theirs) = UnixStream::pair().expect("a pair");
-        let for_follower = Arc::clone(&console);
-        let follower = std::thread::spawn(move || {
-            let mut out = theirs.try_clone().expect("a descriptor");
-            for_follower.follow(&mut out, Some(theirs.as_fd()))
-        });
+        let (mut ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let follower = console.follow();
+        let follower = std::thread::spawn(move || follower.copy_to(&mut theirs));
         let mut seen = [0; 7];
         ours.read_exact(&mut seen).expect("what was there");
         assert_eq!(&seen, b"before ");
@@ -198,20 +162,7 @@ mod tests {
         let mut rest = Vec::new();
         ours.read_to_end(&mut rest).expect("the end");
         follower.join().expect("no panic").expect("no error");
-        assert!(rest.is_empty() && lock(&console.progress).bells.is_empty());
-        std::fs::remove_file(path).expect("it is ours");
-    }
-
-    #[test]
-    fn a_follower_that_hangs_up_is_let_go() {
-        let (console, path) = console("hang-up");
-        let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let for_follower = Arc::clone(&console);
-        let follower = std::thread::spawn(move || for_follower.follow(&mut io::sink(), Some(theirs.as_fd())));
-        drop(ours);
-        follower.join().expect("no panic").expect("no error");
-        assert!(lock(&console.progress).bells.is_empty());
-        assert!(Console::create(path.clone()).is_err(), "a file that exists is not taken");
+        assert!(rest.is_empty() && console.progress.receiver_count() == 0);
         std::fs::remove_file(path).expect("it is ours");
     }
 }

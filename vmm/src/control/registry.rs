@@ -9,9 +9,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
 use super::console::Console;
+use super::events::{EventVm, Hub, What};
 use super::place::Place;
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
+use crate::frames::CutId;
 use crate::keeper::ColonyError;
 use crate::keeper::fork::Forked;
 use crate::keeper::observe::Observer;
@@ -37,12 +39,22 @@ pub struct Entry {
     pub vm: VmId,
     /// Its source's name.
     pub parent: Option<String>,
+    /// Its source's number.
+    pub parent_id: Option<VmId>,
     /// Its process.
     pub pid: u32,
     /// Whether it runs.
     pub state: VmState,
     /// Its console.
     pub console: Arc<Console>,
+}
+
+impl Entry {
+    /// The VM as events name it.
+    #[must_use]
+    pub fn named(&self) -> EventVm {
+        EventVm { name: self.name.clone(), id: self.vm.0.into() }
+    }
 }
 
 /// What a VM without a name yet has said.
@@ -55,6 +67,8 @@ struct Early {
 #[derive(Debug, Default)]
 struct Inner {
     entries: BTreeMap<VmId, Entry>,
+    /// The last of the first VM, where it was removed.
+    removed_first: Option<Entry>,
     early: BTreeMap<VmId, Early>,
 }
 
@@ -65,13 +79,21 @@ pub struct Registry {
     happenings: Sender<Happening>,
     place: Place,
     socket: String,
+    /// Told under the lock: events of one VM come in the order of its states.
+    events: Hub,
 }
 
 impl Registry {
     /// An empty one, that tells what happens. Names that it takes for clones are of the colony at `socket`.
     #[must_use]
     pub fn new(happenings: Sender<Happening>, place: Place, socket: String) -> Self {
-        Self { inner: Mutex::default(), happenings, place, socket }
+        Self { inner: Mutex::default(), happenings, place, socket, events: Hub::default() }
+    }
+
+    /// What happens, for those who listen.
+    #[must_use]
+    pub fn events(&self) -> &Hub {
+        &self.events
     }
 
     /// Tells the main thread.
@@ -84,13 +106,15 @@ impl Registry {
     /// Adds a VM, which has said things before, perhaps.
     pub fn add(&self, mut entry: Entry) {
         let mut inner = lock(&self.inner);
+        if entry.parent.is_none() {
+            self.events.tell(What::Started { vm: entry.named() });
+        }
         if let Some(early) = inner.early.remove(&entry.vm) {
             if !early.console.is_empty() {
                 entry.console.append(&early.console);
             }
             if let Some(end) = early.end {
-                entry.state = end;
-                entry.console.close();
+                self.end_entry(&mut entry, end);
             }
         }
         inner.entries.insert(entry.vm, entry);
@@ -106,6 +130,24 @@ impl Registry {
     #[must_use]
     pub fn of(&self, vm: VmId) -> Option<Entry> {
         lock(&self.inner).entries.get(&vm).cloned()
+    }
+
+    /// The first VM, which may have been removed.
+    #[must_use]
+    pub fn first(&self, vm: VmId) -> Option<Entry> {
+        let inner = lock(&self.inner);
+        inner.entries.get(&vm).or(inner.removed_first.as_ref()).cloned()
+    }
+
+    /// Forgets a VM that has ended. Returns whether it was known.
+    pub fn remove(&self, vm: VmId) -> bool {
+        let mut inner = lock(&self.inner);
+        let Some(entry) = inner.entries.remove(&vm) else { return false };
+        self.events.tell(What::Removed { vm: entry.named() });
+        if inner.removed_first.is_none() && entry.parent.is_none() {
+            inner.removed_first = Some(entry);
+        }
+        true
     }
 
     /// A VM by its name.
@@ -145,7 +187,15 @@ impl Registry {
     pub fn note_pause(&self, vm: VmId, is_paused: impl FnOnce() -> bool) {
         let mut inner = lock(&self.inner);
         if let Some(entry) = inner.entries.get_mut(&vm).filter(|entry| entry.state.is_live()) {
-            entry.state = if is_paused() { VmState::Paused } else { VmState::Running };
+            let before = std::mem::replace(
+                &mut entry.state,
+                if is_paused() { VmState::Paused } else { VmState::Running },
+            );
+            if before != entry.state {
+                let vm = entry.named();
+                let is_paused = entry.state == VmState::Paused;
+                self.events.tell(if is_paused { What::Paused { vm } } else { What::Resumed { vm } });
+            }
         }
     }
 
@@ -154,8 +204,7 @@ impl Registry {
         let mut inner = lock(&self.inner);
         match inner.entries.get_mut(&vm) {
             Some(entry) if entry.state.is_live() => {
-                entry.state = state;
-                entry.console.close();
+                self.end_entry(entry, state);
                 true
             }
             Some(_) => false,
@@ -166,6 +215,14 @@ impl Registry {
                 is_first
             }
         }
+    }
+}
+
+impl Registry {
+    fn end_entry(&self, entry: &mut Entry, state: VmState) {
+        entry.state = state.clone();
+        entry.console.close();
+        self.events.tell(What::Ended { vm: entry.named(), state });
     }
 }
 
@@ -191,6 +248,7 @@ impl Observer for Registry {
             Some(entry) => {
                 entry.state = VmState::Running;
                 entry.console.reopen();
+                self.events.tell(What::Reset { vm: entry.named() });
             }
             None => {
                 inner.early.entry(vm).or_default().end = None;
@@ -202,6 +260,14 @@ impl Observer for Registry {
         let text = "its process was killed".to_owned();
         self.end(vm, VmState::Ended { how: HowEnded::Killed, status: None, text });
         self.tell(Happening::Ended(None));
+    }
+
+    fn published(&self, vm: VmId, cuts: &[CutId]) {
+        let inner = lock(&self.inner);
+        let Some(entry) = inner.entries.get(&vm) else { return };
+        for cut in cuts {
+            self.events.tell(What::Published { vm: entry.named(), fork: cut.get().into() });
+        }
     }
 
     fn name_clone(&self, source: VmId) -> Result<Option<String>, ColonyError> {

@@ -3,25 +3,28 @@
 //! [`Keeper::start`] takes a name, listens, boots; [`Keeper::run`] does what follows from events until
 //! the last VM has ended or a signal comes, and leaves nothing behind.
 
+use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::config::VmConfig;
 use super::console::Console;
+use super::events::{EventVm, What};
+use super::metrics::Counts;
 use super::place::{Locked, Place};
 use super::registry::{Entry, Happening, Registry};
-use super::requests::accept;
+use super::server::Server;
 use super::terminal::{self, Over, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
-use crate::keeper::fork::Forked;
+use crate::keeper::fork::{Cloned, ForkTimes, Forked};
 use crate::keeper::limits::Limits;
 use crate::keeper::observe::Observer;
 use crate::keeper::{Colony, ColonyConfig, ColonyError};
@@ -67,8 +70,8 @@ pub struct Outcome {
 const SPARE_MEMBERS: u32 = 16;
 /// How long a VM's end may take.
 const END_LIMIT: Duration = Duration::from_secs(20);
-/// How long those who are being answered may take to read the rest.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How long whoever reads standard output may take to read the rest.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(2);
 
 /// How many clones that have ended are kept for a reset; then the one that ended first is let go.
 pub const KEPT_LIMIT: usize = 64;
@@ -98,21 +101,17 @@ impl Drop for Presence {
 /// What all threads of a keeper share.
 pub(super) struct Service {
     pub(super) registry: Arc<Registry>,
+    pub(super) counts: Counts,
     /// None: it is ending.
     pub(super) colony: RwLock<Option<Colony>>,
     pub(super) place: Place,
     pub(super) socket: String,
-    pub(super) memory_bytes: u64,
-    pub(super) cpus: u8,
-    /// Who is being answered, or written to.
-    pub(super) working: Mutex<usize>,
-    pub(super) rested: Condvar,
+    /// What the first VM is; much of it holds for all.
+    pub(super) settings: Settings,
     /// Forks and resets on their way.
     pub(super) under_way: Mutex<usize>,
     /// Clones whose guests have ended and that can be reset, the longest ended first.
     pub(super) kept: Mutex<VecDeque<VmId>>,
-    /// Connections that close when nothing of the colony is left.
-    pub(super) farewells: Mutex<Vec<UnixStream>>,
 }
 
 /// A running colony.
@@ -120,8 +119,10 @@ pub struct Keeper {
     service: Arc<Service>,
     root: VmId,
     happenings: Receiver<Happening>,
-    // Last: the names go when all else is gone.
+    /// Says when standard output has got everything.
+    shown: OnceCell<Receiver<()>>,
     presence: Presence,
+    server: Server,
 }
 
 impl Keeper {
@@ -153,25 +154,27 @@ impl Keeper {
         let root = boot(&colony, &name, &settings)?;
         // A guest that has ended already has no member any more only if its process was killed.
         let pid = colony.member(root).map_or(0, |member| member.process());
-        registry.add(Entry { name, vm: root, parent: None, pid, state: VmState::Running, console });
+        registry.add(Entry {
+            name,
+            vm: root,
+            parent: None,
+            parent_id: None,
+            pid,
+            state: VmState::Running,
+            console,
+        });
         let service = Arc::new(Service {
             registry,
+            counts: Counts::default(),
             colony: RwLock::new(Some(colony)),
             place,
             socket,
-            memory_bytes: settings.memory_bytes,
-            cpus: settings.cpus,
-            working: Mutex::new(0),
-            rested: Condvar::new(),
+            settings,
             under_way: Mutex::new(0),
             kept: Mutex::default(),
-            farewells: Mutex::default(),
         });
-        let for_clients = Arc::clone(&service);
-        std::thread::Builder::new()
-            .name("control".to_owned())
-            .spawn(move || accept(&for_clients, &listener))?;
-        Ok(Self { service, root, happenings, presence })
+        let server = Server::start(Arc::clone(&service), listener)?;
+        Ok(Self { service, root, happenings, shown: OnceCell::new(), presence, server })
     }
 
     /// The first VM.
@@ -179,7 +182,7 @@ impl Keeper {
     /// # Errors
     /// None: it is known from the start on.
     pub fn root(&self) -> Result<Entry, ControlError> {
-        self.service.registry.of(self.root).ok_or(ControlError::Ending)
+        self.service.registry.first(self.root).ok_or(ControlError::Ending)
     }
 
     /// Copies the first VM's console to standard output, in a thread of its own.
@@ -187,15 +190,18 @@ impl Keeper {
     /// # Errors
     /// The host has no room for a thread.
     pub fn show_console(&self) -> Result<(), ControlError> {
-        let console = self.root()?.console;
-        let work = Work::begin(&self.service);
+        let follower = self.root()?.console.follow();
+        let (done, shown) = channel();
         std::thread::Builder::new().name("terminal".to_owned()).spawn(move || {
             // Whoever reads it may go: the VM does not.
-            if let Err(error) = console.follow(&mut std::io::stdout(), None) {
+            if let Err(error) = follower.copy_to(&mut std::io::stdout()) {
                 tracing::debug!(%error, "the console is not shown any more");
             }
-            drop(work);
+            drop(done);
         })?;
+        if self.shown.set(shown).is_err() {
+            tracing::error!("the console is shown twice");
+        }
         Ok(())
     }
 
@@ -267,11 +273,16 @@ impl Keeper {
         let root = self.root()?;
         let is_alone = self.service.registry.all().len() == 1;
         let last_output = is_alone.then(|| root.console.tail(LAST_OUTPUT_BYTES)).transpose()?;
-        let working = lock(&self.service.working);
-        let rest = self.service.rested.wait_timeout_while(working, ANSWER_LIMIT, |count| *count > 0);
-        drop(rest);
+        // It says nothing: its end is what counts.
+        if let Some(Err(RecvTimeoutError::Timeout)) =
+            self.shown.get().map(|shown| shown.recv_timeout(OUTPUT_LIMIT))
+        {
+            tracing::debug!("nobody reads standard output");
+        }
+        self.service.registry.events().close();
+        // Whoever waits for the end is told by the end of the connection: the names are gone by then.
         drop(self.presence);
-        lock(&self.service.farewells).clear();
+        self.server.end();
         Ok(Outcome { signal, root: root.state, last_output })
     }
 }
@@ -335,25 +346,76 @@ impl Service {
         let colony = colony.as_ref().ok_or(ControlError::Ending)?;
         let names: Vec<_> = forked.clones.iter().map(|clone| clone.name.clone()).collect();
         let consoles = self.create_consoles(&names)?;
+        self.tell_forked(&source, forked);
         for (clone, console) in forked.clones.iter().zip(consoles) {
-            self.add_clone(colony, clone.vm, &source.name, console);
+            self.add_clone(colony, clone.vm, &source, console);
         }
+        self.count_fork(colony, forked);
         Ok(())
     }
 
-    /// Takes names for clones: the given one, or for several what begins with it, else what begins
-    /// with the source's.
+    /// Tells those who listen of a fork, before its clones can be seen.
+    pub(super) fn tell_forked(&self, source: &Entry, forked: &Forked) {
+        let times = &forked.times;
+        let pause = Duration::from_nanos(times.resumed.saturating_sub(times.reserved));
+        let named = |clone: &Cloned| EventVm { name: clone.name.clone(), id: clone.vm.0.into() };
+        self.registry.events().tell(What::Forked {
+            vm: source.named(),
+            fork: forked.cut.get().into(),
+            clones: forked.clones.iter().map(named).collect(),
+            pause_us: pause.as_secs_f64() * 1e6,
+            pinned_pages: forked.figures.copied_pages,
+        });
+    }
+
+    /// Counts a fork. Returns what is known of each clone that has not ended.
+    pub(super) fn count_fork(&self, colony: &Colony, forked: &Forked) -> Vec<Option<ForkTimes>> {
+        let known = |clone| colony.known_fork_times(forked, clone).ok();
+        let times: Vec<_> = forked.clones.iter().map(known).collect();
+        self.counts.note_fork(&times.iter().flatten().copied().collect::<Vec<_>>());
+        times
+    }
+
+    /// Starts another VM that is no clone.
+    pub(super) fn start_vm(&self, config: &VmConfig) -> Result<Entry, ControlError> {
+        let settings = config.beside(&self.settings)?;
+        let locked = self.place.lock()?;
+        let name = claim_root(&locked, settings.name.clone(), &self.socket)?;
+        drop(locked);
+        let started = self.under_way(|| {
+            let console = Arc::new(create_console(&self.place, &name)?);
+            self.with_colony(|colony| {
+                let vm = boot(colony, &name, &settings)?;
+                let pid = colony.member(vm).map_or(0, |member| member.process());
+                let state = VmState::Running;
+                let entry =
+                    Entry { name: name.clone(), vm, parent: None, parent_id: None, pid, state, console };
+                self.registry.add(entry.clone());
+                Ok(entry)
+            })
+        });
+        if started.is_err() {
+            self.place.lock()?.release(&[name]);
+        }
+        started
+    }
+
+    /// Takes names for clones: the given one, or for several or with a prefix what begins with it, else
+    /// what begins with the source's.
     pub(super) fn claim_clones(
         &self,
         source: &str,
         name: Option<&str>,
+        prefix: Option<&str>,
         count: usize,
     ) -> Result<Vec<String>, ControlError> {
         let locked = self.place.lock()?;
-        let names = match name {
-            Some(name) if count == 1 => vec![name.to_owned()],
-            Some(name) => (1..=count).map(|number| format!("{name}-{number}")).collect(),
-            None => locked.free_names(source, count),
+        let names = match (name, prefix) {
+            (Some(name), None) if count == 1 => vec![name.to_owned()],
+            (Some(prefix), _) | (None, Some(prefix)) => {
+                (1..=count).map(|number| format!("{prefix}-{number}")).collect()
+            }
+            (None, None) => locked.free_names(source, count),
         };
         locked.claim(&names, &self.socket)?;
         Ok(names)
@@ -377,13 +439,14 @@ impl Service {
         &self,
         colony: &Colony,
         vm: VmId,
-        source: &str,
+        source: &Entry,
         (name, console): (String, Arc<Console>),
     ) {
         // One that is gone has none, and its end is known already.
         let pid = colony.member(vm).map_or(0, |member| member.process());
-        let parent = Some(source.to_owned());
-        self.registry.add(Entry { name, vm, parent, pid, state: VmState::Running, console });
+        let (parent, parent_id) = (Some(source.name.clone()), Some(source.vm));
+        let state = VmState::Running;
+        self.registry.add(Entry { name, vm, parent, parent_id, pid, state, console });
         self.registry.note_pause(vm, || colony.is_paused(vm).unwrap_or(false));
     }
 }
@@ -391,23 +454,6 @@ impl Service {
 fn let_go(colony: &Colony, vm: VmId) {
     if let Err(error) = colony.end(vm) {
         tracing::debug!(%error, "a vm that had ended was gone already");
-    }
-}
-
-/// Counts those who are at work for others.
-pub(super) struct Work(Arc<Service>);
-
-impl Work {
-    pub(super) fn begin(service: &Arc<Service>) -> Self {
-        *lock(&service.working) += 1;
-        Self(Arc::clone(service))
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        *lock(&self.0.working) -= 1;
-        self.0.rested.notify_all();
     }
 }
 
@@ -434,7 +480,7 @@ fn claim_root(locked: &Locked<'_>, name: Option<String>, socket: &str) -> Result
     Ok(name)
 }
 
-fn create_console(place: &Place, name: &str) -> Result<Console, ControlError> {
+pub(super) fn create_console(place: &Place, name: &str) -> Result<Console, ControlError> {
     let path = place.console(name);
     // The name is ours, so whatever is there was left by a process that was killed.
     let _ = std::fs::remove_file(&path);
@@ -464,7 +510,8 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
     Ok(config)
 }
 
-fn boot(colony: &Colony, name: &str, settings: &Settings) -> Result<VmId, ControlError> {
+/// Starts a VM that is no clone.
+pub(super) fn boot(colony: &Colony, name: &str, settings: &Settings) -> Result<VmId, ControlError> {
     let Some(kernel) = &settings.kernel else {
         return Ok(colony.boot_as(Some(name), &settings.command_line)?);
     };

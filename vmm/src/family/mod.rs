@@ -13,6 +13,7 @@
 //!
 //! Every operation decides first and changes nothing if it fails.
 
+mod census;
 mod check;
 mod sweep;
 #[cfg(test)]
@@ -31,6 +32,7 @@ use crate::plants::{Plant, is_planted};
 use crate::tables::{Entry, Found, LeafRecord, NUMBER_LIMIT, TableCounts, Tables, TablesError, resolve};
 use crate::words::{LeafNumber, PageSet};
 
+pub use self::census::{Census, TableCensus};
 pub use self::check::FamilyFault;
 
 /// Names a VM of a colony. The first is 1; never used again.

@@ -421,3 +421,25 @@ fn a_resettable_clone_keeps_its_origin() {
     }
     play.assert_empty();
 }
+
+#[test]
+fn a_census_counts_each_node_once() {
+    let (mut play, first) = Play::new();
+    let (cut, a) = play.fork(first, 1, &LEAVES);
+    let (_, b) = play.fork(a, 2, &[]);
+    play.publish(cut, &LEAVES);
+    play.sweep();
+    let shared = play.family.census_of(b).expect("it lives");
+    // A root, a directory, and the two last directories of the three leaves.
+    assert_eq!(shared.nodes.map(|nodes| (nodes.own, nodes.shared)), [(0, 1), (0, 1), (0, 2)]);
+    assert_eq!((shared.records.own, shared.records.shared), (0, 3));
+    let mut exclusive = PageSet::EMPTY;
+    exclusive.insert(7);
+    play.family.harvest(b, &[(LEAVES[2], exclusive)]).expect("there is room");
+    let broken = play.family.census_of(b).expect("it lives");
+    assert_eq!(broken.nodes.map(|nodes| (nodes.own, nodes.shared)), [(1, 0), (1, 0), (1, 1)]);
+    assert_eq!((broken.records.own, broken.records.shared), (1, 3), "its own lies over the shared one");
+    let (census, counts) = (play.family.census(), play.family.table_counts());
+    assert_eq!(census.nodes.iter().map(|nodes| nodes.own + nodes.shared).sum::<usize>(), counts.nodes);
+    assert_eq!(census.records.own + census.records.shared, counts.records);
+}

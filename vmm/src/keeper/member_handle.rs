@@ -370,6 +370,9 @@ impl MemberHandle {
                 state.reentered.insert(cut, (at, pages));
             }
             Event::CutsFinished(cuts) => {
+                if let Some(observer) = observer() {
+                    observer.published(self.vm(), &cuts);
+                }
                 state.finished_cuts.extend(cuts);
                 post(Job::Sweep);
                 post(Job::FillPool);

@@ -15,7 +15,9 @@
 //! | [`reset`] | a clone's return to its cut |
 //! | [`boot`] | first VMs: the built-in guest, or another kernel |
 //! | `nursery` | has members made |
+//! | [`map`] | what each leaf of a VM is, and who shares it |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
+//! | [`usage`] | what VMs use and have done |
 //! | [`checker`] | the whole state, recomputed |
 //! | [`observe`] | who is told what happens on its own |
 //!
@@ -27,6 +29,7 @@ pub mod checker;
 mod config;
 pub mod fork;
 pub mod limits;
+pub mod map;
 pub mod member_handle;
 mod nursery;
 pub mod observe;
@@ -34,6 +37,7 @@ mod pause;
 mod reset;
 pub mod spec;
 pub mod steward;
+pub mod usage;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::fork::{Cloned, Forked, times_of};
+use super::fork::{Cloned, ForkTimes, Forked, times_of};
+use super::member_handle::MemberHandle;
 use super::{Colony, ColonyError, Shared};
 use crate::family::VmId;
+use crate::frames::CutId;
 use crate::keeper::fork::entered_at;
 use crate::member::messages::{HowEnded, Order, Reply};
 use crate::words::PAGE_SHIFT;
@@ -27,6 +29,8 @@ pub trait Observer: Send + Sync {
     fn restarted(&self, vm: VmId);
     /// A VM's process is gone.
     fn gone(&self, vm: VmId);
+    /// All that a VM shared at these cuts is published.
+    fn published(&self, _vm: VmId, _cuts: &[CutId]) {}
     /// A guest has asked for a fork: what the clone is called, if that is not the colony's to make up. Not
     /// called by a reader: it may wait for others, but not for this colony.
     ///
@@ -70,23 +74,22 @@ impl Colony {
     /// `limit`. Whoever observes the colony is told before this returns.
     pub fn look_for_ends(&self, limit: Duration) {
         let members: Vec<_> = self.shared.lock().vms.values().cloned().collect();
-        let asked: Vec<_> = members.iter().map(|member| member.begin(Order::Look, &[])).collect();
-        let deadline = Instant::now() + limit;
-        for asked in asked {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if let Err(error) = asked.and_then(|asked| asked.wait_within(left)) {
-                tracing::debug!(%error, "a vm cannot be looked at");
-            }
-        }
+        look(&members, limit);
     }
 
-    /// Pause and call of a fork for one of its clones, in microseconds, without waiting for the
-    /// clone's first exit: a guest that sleeps has none. Where the clone's vCPU has not entered the
-    /// guest yet, the call ends with the order to do so.
+    /// As [`look_for_ends`](Self::look_for_ends), of one VM.
+    pub fn look_for_end(&self, vm: VmId, limit: Duration) {
+        let member = self.shared.lock().vms.get(&vm).cloned();
+        look(member.as_slice(), limit);
+    }
+
+    /// How long a fork took, for one of its clones, without waiting for the clone's first exit: a guest
+    /// that sleeps has none. Where the clone's vCPU has not entered the guest yet, the call ends with the
+    /// order to do so.
     ///
     /// # Errors
     /// A process has ended.
-    pub fn fork_pause_and_call(&self, forked: &Forked, clone: &Cloned) -> Result<(f64, f64), ColonyError> {
+    pub fn known_fork_times(&self, forked: &Forked, clone: &Cloned) -> Result<ForkTimes, ColonyError> {
         let source = self.member(forked.source)?;
         // The source's answer to this comes after its report on the end of the pause.
         source.ask(Order::Describe, &[])?;
@@ -98,8 +101,18 @@ impl Colony {
             _ => clone.running_at,
         };
         let first_exit = member.state().first_exit.unwrap_or(u64::MAX);
-        let times = times_of(forked, clone, reentered, first_exit, entered);
-        Ok((times.pause_us, times.call_us))
+        Ok(times_of(forked, clone, reentered, first_exit, entered))
+    }
+}
+
+fn look(members: &[Arc<MemberHandle>], limit: Duration) {
+    let asked: Vec<_> = members.iter().map(|member| member.begin(Order::Look, &[])).collect();
+    let deadline = Instant::now() + limit;
+    for asked in asked {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if let Err(error) = asked.and_then(|asked| asked.wait_within(left)) {
+            tracing::debug!(%error, "a vm cannot be looked at");
+        }
     }
 }
 

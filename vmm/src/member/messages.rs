@@ -436,7 +436,7 @@ pub struct Progress {
 }
 
 /// The ways in which a guest's run ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HowEnded {
     /// It wrote its status to the exit port.

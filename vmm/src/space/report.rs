@@ -40,6 +40,18 @@ pub struct PageCounts {
     pub poisoned: u64,
 }
 
+impl PageCounts {
+    /// Adds other pages.
+    pub fn add(&mut self, other: &Self) {
+        self.zero += other.zero;
+        self.exclusive += other.exclusive;
+        self.lent += other.lent;
+        self.shared += other.shared;
+        self.pinned += other.pinned;
+        self.poisoned += other.poisoned;
+    }
+}
+
 /// A harvest of a whole space.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpaceReport {
