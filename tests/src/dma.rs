@@ -67,6 +67,12 @@ impl<'a> Engine<'a> {
         engine
     }
 
+    /// The engine whose ring is there already.
+    #[must_use]
+    pub fn again(world: &'a World, ring: Gfn) -> Self {
+        Self { world, ring: ring.gpa() }
+    }
+
     /// Writes a register, which must not refuse the value.
     #[track_caller]
     pub fn configure(&self, vm: VmId, register: u64, value: u64) {

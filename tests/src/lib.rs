@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
 //! | [`row`] | a row of the conformance table, run over points of its axes |
+//! | [`failures`] | an operation, with each of its fallible steps failing once |
 //! | [`dma`] | the DMA engine, driven by a puppet |
 //! | [`images`] | kernels of a few instructions |
 //! | [`user`] | a user of the commands |
@@ -16,6 +17,8 @@
 //! time limit. A world that ends well has been checked, and has left nothing behind.
 
 pub mod dma;
+#[cfg(debug_assertions)]
+pub mod failures;
 pub mod images;
 pub mod linux;
 pub mod procs;

@@ -3,6 +3,9 @@
 //! [`code_of`] blanks comments and literals, so that a brace in a string is no brace. What it leaves
 //! is scanned by hand: enough for code that rustfmt has formatted, tested at the end of this file.
 
+#[path = "tidy/points.rs"]
+mod points;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -35,6 +35,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::failure::{self, Injected};
 use crate::words::{LEAF_BYTES, wide};
 use memfd::{MemfdLocator, MemfdTable};
 use tmpfs::{PageSize, TmpfsMount};
@@ -114,6 +115,12 @@ pub enum ArenaError {
         /// How many descriptors came.
         count: usize,
     },
+}
+
+impl From<Injected> for ArenaError {
+    fn from(injected: Injected) -> Self {
+        Self::Host { action: "go on", source: injected.into() }
+    }
 }
 
 impl ArenaError {
@@ -262,6 +269,7 @@ impl ArenaDir {
     /// [`ArenaError::Name`]; the name is taken; the host refused.
     pub fn create_file(&self, name: &str, len_bytes: u64) -> Result<OwnedFd, ArenaError> {
         check_name(name)?;
+        failure::point("arena.create")?;
         match &self.files {
             Files::Tmpfs(mount) => tmpfs::create_file(mount.writable(), name, len_bytes),
             Files::Memfd(table) => table.create_file(name, len_bytes),
@@ -299,6 +307,7 @@ impl ArenaDir {
     /// [`ArenaError::Name`]; there is no such file.
     pub fn remove(&self, name: &str) -> Result<(), ArenaError> {
         check_name(name)?;
+        failure::point("arena.remove")?;
         match &self.files {
             Files::Tmpfs(mount) => tmpfs::remove(mount.writable(), name),
             Files::Memfd(table) => table.remove(name),
@@ -344,6 +353,7 @@ impl ArenaReader {
     /// As there; memfds: also where the arena's owner is gone.
     pub fn open_read_only(&self, name: &str) -> Result<OwnedFd, ArenaError> {
         check_name(name)?;
+        failure::point("arena.open")?;
         match &self.0 {
             Place::Tmpfs(mount) => tmpfs::open_read_only(mount.as_fd(), name),
             Place::Memfd(locator) => locator.open_read_only(name),

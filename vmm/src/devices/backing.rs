@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::gate::HeldGate;
 use super::lock;
+use crate::failure;
 use crate::words::{index, wide};
 
 mod map;
@@ -213,6 +214,7 @@ impl Backing {
         base: Option<File>,
         files: Arc<dyn ExtentFiles>,
     ) -> Result<Arc<Self>, BackingError> {
+        failure::point("backing.size").map_err(io::Error::from)?;
         let found = base.as_ref().map(file_bytes).transpose()?;
         if found != state.base_bytes {
             let expected = state.base_bytes;

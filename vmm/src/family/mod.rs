@@ -117,6 +117,8 @@ pub struct Family {
     files: BTreeSet<CutId>,
     /// Frames that no record names and a window may still map.
     parting: BTreeSet<Frames>,
+    /// Unneeded cuts whose sources are to be told again.
+    untold: Vec<CutId>,
     /// The member slots of all VMs whose processes exist, ended ones included.
     slots: BTreeMap<VmId, u32>,
     next_vm: u32,
@@ -134,6 +136,7 @@ impl Family {
             cuts: BTreeMap::new(),
             files: BTreeSet::new(),
             parting: BTreeSet::new(),
+            untold: Vec::new(),
             slots: BTreeMap::new(),
             next_vm: 1,
             next_cut: 1,
@@ -317,6 +320,13 @@ impl Family {
     pub fn cut_released(&mut self, cut: CutId) {
         if let Some(cut) = self.cuts.get_mut(&cut) {
             cut.released = true;
+        }
+    }
+
+    /// The source could not be told that a cut was declared unneeded: the next sweep says so again.
+    pub fn cut_not_released(&mut self, cut: CutId) {
+        if self.cuts.contains_key(&cut) {
+            self.untold.push(cut);
         }
     }
 

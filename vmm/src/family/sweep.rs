@@ -15,7 +15,8 @@ impl Family {
     /// # Errors
     /// No room for a table: what could not be settled stays as it is, and is right as it is.
     pub fn sweep(&mut self) -> Result<Sweep, FamilyError> {
-        let mut sweep = Sweep::default();
+        let mut sweep = Sweep { unneeded: std::mem::take(&mut self.untold), ..Sweep::default() };
+        sweep.unneeded.retain(|cut| self.cuts.get(cut).is_some_and(|cut| !cut.released));
         let mut failed = None;
         loop {
             // What was given up since counts no more.
@@ -37,11 +38,13 @@ impl Family {
                 break;
             }
         }
-        self.close_files(&mut sweep);
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(sweep),
+        if let Some(error) = failed {
+            // Said the next time. Files stay open until then.
+            self.untold = sweep.unneeded;
+            return Err(error);
         }
+        self.close_files(&mut sweep);
+        Ok(sweep)
     }
 
     /// Books what the tables have given up since the last sweep, and nothing else: counts are exact

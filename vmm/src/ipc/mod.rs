@@ -21,6 +21,8 @@ pub use shared::SharedMemory;
 use std::io;
 use std::time::Duration;
 
+use crate::failure::Injected;
+
 /// Why plumbing between processes failed.
 #[derive(Debug, thiserror::Error)]
 pub enum IpcError {
@@ -69,6 +71,12 @@ pub enum IpcError {
         /// What is wrong with it.
         reason: &'static str,
     },
+}
+
+impl From<Injected> for IpcError {
+    fn from(injected: Injected) -> Self {
+        Self::host("go on", injected)
+    }
 }
 
 impl IpcError {

@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::IpcError;
+use crate::failure;
 use crate::sync::AtomicU32;
 use crate::words::{PAGE_BYTES, index, wide};
 
@@ -207,6 +208,8 @@ impl SharedMemory {
         if wanted == 0 {
             return Ok(());
         }
+        let is_punch = flags.contains(FallocateFlags::PUNCH_HOLE);
+        failure::point(if is_punch { "shared.punch" } else { "shared.reserve" }).map_err(IpcError::from)?;
         loop {
             match rustix::fs::fallocate(&self.file, flags, wide(range.start), wide(wanted)) {
                 // A signal makes the kernel undo what it did: start again.

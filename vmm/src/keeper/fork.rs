@@ -281,10 +281,16 @@ impl Shared {
         let (taken, is_still, moments) = match self.take_cut(member, cut, previous, asked_by) {
             Ok(taken) => taken,
             Err(error) => {
+                let mut inner = self.lock();
                 // The files, if any, go with the next sweep.
-                self.lock().family.abort_cut(cut);
+                match error {
+                    Untaken::Not(_) => inner.family.abort_cut(cut),
+                    // Its source is asked to let go of it, as of any that nobody needs.
+                    Untaken::Perhaps(_) => inner.family.commit_cut(cut),
+                }
+                drop(inner);
                 self.post(Job::Sweep);
-                return Err(error);
+                return Err(error.into());
             }
         };
         let mut inner = self.lock();
@@ -371,19 +377,22 @@ impl Shared {
         cut: CutId,
         previous: Option<CutId>,
         asked_by: Option<usize>,
-    ) -> Result<(Taken, bool, Moments), ColonyError> {
-        let files = self.make_cut_files(cut)?;
+    ) -> Result<(Taken, bool, Moments), Untaken> {
+        let files = self.make_cut_files(cut).map_err(Untaken::Not)?;
         let reserved_at = monotonic_ns();
         let order = Order::Cut { cut, previous, asked_by };
-        let answer = member.begin(order, &borrow(&files)).and_then(Asked::wait_with_descriptors);
+        let asked = member.begin(order, &borrow(&files));
         self.lock().files.insert(cut, files);
-        match answer {
-            Ok((Reply::Cut(reply), extents)) => {
-                let CutReply { snapshot, is_still, figures, times } = *reply;
+        match asked.map_err(Untaken::Not)?.wait_with_descriptors() {
+            Ok((Reply::Cut(reply), extents)) if reply.extents == extents.len() => {
+                let CutReply { snapshot, is_still, figures, times, .. } = *reply;
                 let moments = Moments { reserved_at, cut_at: monotonic_ns(), times, figures };
                 Ok((Taken { cut, snapshot, extents }, is_still, moments))
             }
-            other => Err(other.err().unwrap_or_else(|| ColonyError::unexpected(member.vm()))),
+            Err(error @ (ColonyError::Refused { .. } | ColonyError::Died(_))) => Err(Untaken::Not(error)),
+            other => {
+                Err(Untaken::Perhaps(other.err().unwrap_or_else(|| ColonyError::unexpected(member.vm()))))
+            }
         }
     }
 
@@ -526,6 +535,22 @@ pub(super) struct Taken {
     snapshot: EncodedSnapshot,
     /// The files of the DMA engine's backing, which clones read.
     extents: Vec<OwnedFd>,
+}
+
+/// Why there is no cut.
+enum Untaken {
+    /// The source has not taken it, or has given it up.
+    Not(ColonyError),
+    /// It may have.
+    Perhaps(ColonyError),
+}
+
+impl From<Untaken> for ColonyError {
+    fn from(untaken: Untaken) -> Self {
+        match untaken {
+            Untaken::Not(error) | Untaken::Perhaps(error) => error,
+        }
+    }
 }
 
 /// What taking the cut of a fork took.

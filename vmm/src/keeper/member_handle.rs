@@ -19,7 +19,7 @@ use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::devices::identity::Identity;
 use crate::family::VmId;
 use crate::frames::CutId;
-use crate::ipc::{Channel, spawn};
+use crate::ipc::{Channel, IpcError, spawn};
 use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply};
 use crate::space::PageCounts;
 
@@ -199,7 +199,7 @@ impl MemberHandle {
     /// Asks, and leaves the waiting to [`Asked::wait`].
     ///
     /// # Errors
-    /// The member has ended.
+    /// The member has ended, or the order could not be sent.
     pub fn begin(&self, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<Asked<'_>, ColonyError> {
         let may_change_vm = order.may_change_vm();
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
@@ -207,16 +207,19 @@ impl MemberHandle {
         self.waiting().insert(number, sender);
         // After the insertion: the reader empties the list when the process is gone.
         let sent = match self.is_alive() {
-            true => self.channel.send(&Request { number, order }, descriptors).is_ok(),
-            false => false,
+            true => self.channel.send(&Request { number, order }, descriptors),
+            false => Err(IpcError::Closed),
         };
         // After the sending: an order that reaches the VM after a cut is not in the count read before it.
         if may_change_vm {
             self.changes.fetch_add(1, Ordering::SeqCst);
         }
-        if !sent {
+        if let Err(error) = sent {
             self.waiting().remove(&number);
-            return Err(ColonyError::Died(self.vm()));
+            return Err(match error {
+                IpcError::Closed => ColonyError::Died(self.vm()),
+                refused => refused.into(),
+            });
         }
         Ok(Asked { member: self, number, answer })
     }

@@ -56,10 +56,11 @@ use self::limits::Admission;
 use self::member_handle::MemberHandle;
 use self::nursery::Wish;
 use self::spec::CloneSpec;
-use self::steward::Job;
+use self::steward::{Job, Leftovers};
 use crate::arena_files::{ArenaDir, ArenaError};
 use crate::board::{Board, BoardShape};
 use crate::devices::identity::{Identity, IdentityError};
+use crate::failure::{self, Injected};
 use crate::family::{Family, FamilyError, FamilyFault, VmId};
 use crate::frames::CutId;
 use crate::ipc::shared::SharedMemoryError;
@@ -142,6 +143,12 @@ pub enum ColonyError {
     Tables(#[from] FamilyFault),
 }
 
+impl From<Injected> for ColonyError {
+    fn from(injected: Injected) -> Self {
+        Self::Host(injected.into())
+    }
+}
+
 impl ColonyError {
     /// A member's answer is not one to its order.
     fn unexpected(vm: VmId) -> Self {
@@ -163,6 +170,8 @@ struct Inner {
     free_slots: BTreeSet<u32>,
     /// Each cut's block file and patch file.
     files: BTreeMap<CutId, [OwnedFd; 2]>,
+    /// What the host did not give back when it was asked to: it is asked again.
+    leftovers: Leftovers,
     last_cut: BTreeMap<VmId, CutId>,
     parents: BTreeMap<VmId, VmId>,
 }
@@ -223,6 +232,7 @@ impl Colony {
             promised: 0,
             free_slots: (0..members).collect(),
             files: BTreeMap::new(),
+            leftovers: Leftovers::default(),
             last_cut: BTreeMap::new(),
             parents: BTreeMap::new(),
         };
@@ -309,8 +319,12 @@ impl Colony {
         let member = self.member(vm)?;
         let mut still = member.changing();
         self.shared.let_go_of_still(&mut still);
-        // A member that died by itself has ended too.
-        let result = member.ask(Order::EndVm, &[]);
+        // A member that died by itself has ended too. Where order or answer did not get through, once
+        // more: it does no harm twice.
+        let result = match member.ask(Order::EndVm, &[]) {
+            Err(ColonyError::Ipc(_) | ColonyError::Refused { .. }) => member.ask(Order::EndVm, &[]),
+            result => result,
+        };
         {
             let mut inner = self.shared.lock();
             inner.family.end_vm(vm);
@@ -450,6 +464,7 @@ impl Shared {
         if !member.is_alive() {
             return Err(ColonyError::Died(member.vm()));
         }
+        // no failure point: what it does has them
         let vm = make(&mut inner.family, member.slot())?;
         let identity = spec.identity(vm);
         member.name(vm, &identity);
@@ -472,6 +487,7 @@ impl Shared {
 
     fn make_member_in(self: &Arc<Self>, slot: u32) -> Result<Arc<MemberHandle>, ColonyError> {
         self.board.open_member(slot)?;
+        failure::point("keeper.member")?;
         MemberHandle::start(self, slot)
     }
 
@@ -503,24 +519,8 @@ impl Shared {
         let room = wide(crate::words::LEAF_PAGES) * u64::from(self.config.memory.span_leaves());
         match self.arena.create_file(&cut.patch_file(), room * wide(crate::words::PAGE_BYTES)) {
             Ok(patches) => Ok([blocks, patches]),
-            Err(error) => {
-                self.arena.remove(&cut.block_file())?;
-                Err(error.into())
-            }
-        }
-    }
-
-    fn remove_cut_files(&self, cut: CutId) {
-        for name in [cut.block_file(), cut.patch_file()] {
-            // One that could not be reserved has none.
-            if let Err(error) = self.arena.remove(&name)
-                && !error.is_not_found()
-            {
-                tracing::error!(%cut, %error, "a file of the arena stays");
-            }
-        }
-        if let Err(error) = self.board.close_cut(cut) {
-            tracing::error!(%cut, %error, "words of the board stay");
+            // The first goes with the cut.
+            Err(error) => Err(error.into()),
         }
     }
 }

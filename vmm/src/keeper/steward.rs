@@ -11,6 +11,7 @@ use super::fork::Forked;
 use super::member_handle::MemberHandle;
 use super::spec::ForkSpec;
 use super::{ColonyError, Inner, Shared};
+use crate::failure;
 use crate::family::{Sweep, VmId};
 use crate::frames::Frames;
 use crate::ipc::futex;
@@ -48,6 +49,15 @@ pub(super) enum Job {
     Echo(Sender<()>),
     /// Go home.
     Close,
+}
+
+/// What the host could not give back.
+#[derive(Default)]
+pub(super) struct Leftovers {
+    /// Frames to be punched.
+    frames: Vec<Frames>,
+    /// Names of files to be removed.
+    files: Vec<String>,
 }
 
 /// The steward's thread.
@@ -103,20 +113,41 @@ impl Shared {
         }
     }
 
-    /// Punches what nobody refers to, and removes files.
+    /// Punches what nobody refers to, and removes files; what could not be the last time, too.
     fn let_go(&self, inner: &mut Inner, sweep: &Sweep) {
-        for frames in &sweep.freed {
-            if let Err(error) = self.punch(inner, *frames) {
-                tracing::error!(?frames, %error, "frames stay in the arena");
+        let Leftovers { frames, files } = std::mem::take(&mut inner.leftovers);
+        for frames in frames.into_iter().chain(sweep.freed.iter().copied()) {
+            if let Err(error) = self.punch(inner, frames) {
+                tracing::warn!(?frames, %error, "frames stay in the arena for now");
+                inner.leftovers.frames.push(frames);
             }
         }
         for cut in &sweep.closed {
             inner.files.remove(cut);
-            self.remove_cut_files(*cut);
+            // Not asked again: whoever uses the place next clears it first.
+            if let Err(error) = self.board.close_cut(*cut) {
+                tracing::warn!(%cut, %error, "words of the board stay for now");
+            }
+        }
+        let closed = sweep.closed.iter().flat_map(|cut| [cut.block_file(), cut.patch_file()]);
+        for name in files.into_iter().chain(closed) {
+            self.remove_file(inner, name);
         }
     }
 
-    fn punch(&self, inner: &Inner, frames: Frames) -> Result<(), rustix::io::Errno> {
+    fn remove_file(&self, inner: &mut Inner, name: String) {
+        match self.arena.remove(&name) {
+            // A cut that could not be reserved has none, a member that never wrote neither.
+            Err(error) if !error.is_not_found() => {
+                tracing::warn!(%error, "a file of the arena stays for now");
+                inner.leftovers.files.push(name);
+            }
+            _ => {}
+        }
+    }
+
+    fn punch(&self, inner: &Inner, frames: Frames) -> std::io::Result<()> {
+        failure::point("steward.punch")?;
         let (file, offset, len_bytes) = match frames {
             Frames::Block(block) => (0, block.leaf.gpa().0, wide(LEAF_BYTES)),
             Frames::Patches(place) => {
@@ -126,18 +157,19 @@ impl Shared {
             }
         };
         match inner.files.get(&frames.cut()) {
-            Some(files) if len_bytes > 0 => rustix::fs::fallocate(
+            Some(files) if len_bytes > 0 => Ok(rustix::fs::fallocate(
                 &files[file],
                 FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
                 offset,
                 len_bytes,
-            ),
+            )?),
             _ => Ok(()),
         }
     }
 
     /// Tells sources that nobody needs a cut; returns how many.
     fn release_unneeded(&self, sweep: &Sweep) -> usize {
+        let mut released = 0;
         for cut in &sweep.unneeded {
             let member = {
                 let inner = self.lock();
@@ -146,13 +178,19 @@ impl Shared {
             };
             let answer = member.map(|member| member.ask(Order::ReleaseCut { cut: *cut }, &[]));
             match answer {
-                Some(Ok(_)) | None => self.lock().family.cut_released(*cut),
+                Some(Ok(_)) | None => {
+                    self.lock().family.cut_released(*cut);
+                    released += 1;
+                }
                 // Its death is booked soon, and releases the cut.
                 Some(Err(ColonyError::Died(_))) => {}
-                Some(Err(error)) => tracing::error!(%cut, %error, "a source keeps an unneeded cut"),
+                Some(Err(error)) => {
+                    tracing::warn!(%cut, %error, "a source keeps an unneeded cut for now");
+                    self.lock().family.cut_not_released(*cut);
+                }
             }
         }
-        sweep.unneeded.len()
+        released
     }
 
     /// Tells clones when all that they share is published: nothing of theirs needs to trap any more.
@@ -200,6 +238,7 @@ impl Shared {
             let mut inner = self.lock();
             if let Some(vm) = member.named() {
                 for (cut, leaf) in inner.family.source_gone(vm) {
+                    // no failure point: who waits there looks again by itself
                     if let Err(error) = futex::wake_all(self.board.cut(cut).raw(leaf)) {
                         tracing::error!(%cut, %leaf, %error, "nobody can be told that a leaf is lost");
                     }
@@ -211,11 +250,7 @@ impl Shared {
             }
             inner.pool.retain(|other| other.slot() != member.slot());
             inner.free_slots.insert(member.slot());
-        }
-        let extents = extents_name(member.process(), member.slot());
-        match self.arena.remove(&extents) {
-            Err(error) if !error.is_not_found() => tracing::error!(%error, "a file of the arena stays"),
-            _ => {}
+            self.remove_file(&mut inner, extents_name(member.process(), member.slot()));
         }
         self.changed.notify_all();
         self.post(Job::Sweep);
@@ -246,6 +281,7 @@ impl Shared {
     /// One clone, called what the observer says.
     fn fork_named(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<Forked, ColonyError> {
         let observer = self.observer();
+        // no failure point: the observer says what the clone is called
         let name = observer.as_ref().map_or(Ok(None), |observer| observer.name_clone(vm))?;
         let mut spec = ForkSpec::plain(1);
         spec.clones[0].name.clone_from(&name);

@@ -52,6 +52,8 @@ pub fn close(
     vm: Arc<Vm>,
     release: impl FnOnce() + Send + 'static,
 ) -> Result<Closing, KvmError> {
+    let refused = |source| KvmError::Ioctl { name: "starting a closing thread", source };
+    crate::failure::point("close.thread").map_err(|injected| refused(injected.into()))?;
     std::thread::Builder::new()
         .name("vm-close".to_owned())
         .spawn(move || {
@@ -74,5 +76,5 @@ pub fn close(
             }
         })
         .map(Closing)
-        .map_err(|source| KvmError::Ioctl { name: "starting a closing thread", source })
+        .map_err(refused)
 }

@@ -109,6 +109,15 @@ impl KvmError {
         move |errno| Self::Ioctl { name, source: std::io::Error::from_raw_os_error(errno.errno()) }
     }
 
+    /// An ioctl of kvm-ioctls, which a test can make fail.
+    pub(super) fn call<T>(
+        name: &'static str,
+        ioctl: impl FnOnce() -> Result<T, kvm_ioctls::Error>,
+    ) -> Result<T, Self> {
+        crate::failure::point(name).map_err(|source| Self::Ioctl { name, source: source.into() })?;
+        ioctl().map_err(Self::ioctl(name))
+    }
+
     /// The error of a system call whose answer is in `errno`.
     pub(super) fn last_os(name: &'static str) -> Self {
         Self::Ioctl { name, source: std::io::Error::last_os_error() }

@@ -135,20 +135,19 @@ impl VcpuState {
     /// # Errors
     /// The ioctl that failed.
     pub fn save(fd: &VcpuFd, layout: &StateLayout) -> Result<Self, KvmError> {
-        let error = KvmError::ioctl;
         Ok(Self {
-            mp_state: fd.get_mp_state().map_err(error("KVM_GET_MP_STATE"))?,
+            mp_state: KvmError::call("KVM_GET_MP_STATE", || fd.get_mp_state())?,
             // Not told on hosts with an unstable TSC (EIO): then there is nothing to compare.
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
-            regs: fd.get_regs().map_err(error("KVM_GET_REGS"))?,
-            sregs: fd.get_sregs().map_err(error("KVM_GET_SREGS"))?,
-            xcrs: fd.get_xcrs().map_err(error("KVM_GET_XCRS"))?,
+            regs: KvmError::call("KVM_GET_REGS", || fd.get_regs())?,
+            sregs: KvmError::call("KVM_GET_SREGS", || fd.get_sregs())?,
+            xcrs: KvmError::call("KVM_GET_XCRS", || fd.get_xcrs())?,
             xsave: get_xsave(fd, layout)?,
-            debug: fd.get_debug_regs().map_err(error("KVM_GET_DEBUGREGS"))?,
-            lapic: fd.get_lapic().map_err(error("KVM_GET_LAPIC"))?,
+            debug: KvmError::call("KVM_GET_DEBUGREGS", || fd.get_debug_regs())?,
+            lapic: KvmError::call("KVM_GET_LAPIC", || fd.get_lapic())?,
             saved_at_ns: monotonic_ns(),
             msrs: save_msrs(fd, layout)?,
-            events: fd.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?,
+            events: KvmError::call("KVM_GET_VCPU_EVENTS", || fd.get_vcpu_events())?,
         })
     }
 
@@ -160,30 +159,29 @@ impl VcpuState {
     /// The ioctl that failed, the MSR that was refused, or a state from a host whose XSAVE area is
     /// larger than this one's.
     pub fn set(&self, fd: &VcpuFd, layout: &StateLayout, known: Option<&Self>) -> Result<(), KvmError> {
-        let error = KvmError::ioctl;
         let differs = |is_equal: fn(&Self, &Self) -> bool| known.is_none_or(|known| !is_equal(self, known));
         let is_other_tsc = || fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz);
         if self.tsc_khz != 0 && differs(|a, b| a.tsc_khz == b.tsc_khz) && is_other_tsc() {
-            fd.set_tsc_khz(self.tsc_khz).map_err(error("KVM_SET_TSC_KHZ"))?;
+            KvmError::call("KVM_SET_TSC_KHZ", || fd.set_tsc_khz(self.tsc_khz))?;
         }
         if differs(|a, b| a.mp_state == b.mp_state) {
-            fd.set_mp_state(self.mp_state).map_err(error("KVM_SET_MP_STATE"))?;
+            KvmError::call("KVM_SET_MP_STATE", || fd.set_mp_state(self.mp_state))?;
         }
-        fd.set_sregs(&self.sregs).map_err(error("KVM_SET_SREGS"))?;
-        fd.set_regs(&self.regs).map_err(error("KVM_SET_REGS"))?;
+        KvmError::call("KVM_SET_SREGS", || fd.set_sregs(&self.sregs))?;
+        KvmError::call("KVM_SET_REGS", || fd.set_regs(&self.regs))?;
         if differs(|a, b| a.xcrs == b.xcrs) {
-            fd.set_xcrs(&self.xcrs).map_err(error("KVM_SET_XCRS"))?;
+            KvmError::call("KVM_SET_XCRS", || fd.set_xcrs(&self.xcrs))?;
         }
         if differs(|a, b| a.xsave == b.xsave) {
             set_xsave(fd, &self.xsave, layout)?;
         }
         if differs(|a, b| a.debug == b.debug) {
-            fd.set_debug_regs(&self.debug).map_err(error("KVM_SET_DEBUGREGS"))?;
+            KvmError::call("KVM_SET_DEBUGREGS", || fd.set_debug_regs(&self.debug))?;
         }
-        fd.set_lapic(&self.lapic).map_err(error("KVM_SET_LAPIC"))?;
+        KvmError::call("KVM_SET_LAPIC", || fd.set_lapic(&self.lapic))?;
         set_msrs(fd, &self.msrs, self.tsc_since_save())?;
         // Setting registers drops a pending exception: this comes last, and always.
-        fd.set_vcpu_events(&self.events).map_err(error("KVM_SET_VCPU_EVENTS"))
+        KvmError::call("KVM_SET_VCPU_EVENTS", || fd.set_vcpu_events(&self.events))
     }
 
     /// What the TSC has counted since the MSRs were read; 0 where its frequency is not known.
@@ -203,12 +201,12 @@ fn xsave_buffer(layout: &StateLayout) -> Xsave {
 fn get_xsave(fd: &VcpuFd, layout: &StateLayout) -> Result<Vec<u8>, KvmError> {
     let mut area = xsave_buffer(layout);
     if layout.xsave_bytes == XSAVE_BYTES {
-        let plain = fd.get_xsave().map_err(KvmError::ioctl("KVM_GET_XSAVE"))?;
+        let plain = KvmError::call("KVM_GET_XSAVE", || fd.get_xsave())?;
         return Ok(plain.region.iter().flat_map(|word| word.to_le_bytes()).collect());
     }
     // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave for this host (a VM's answer only
     // grows when the process enables more features by `arch_prctl`, which salp never does).
-    unsafe { fd.get_xsave2(&mut area) }.map_err(KvmError::ioctl("KVM_GET_XSAVE2"))?;
+    KvmError::call("KVM_GET_XSAVE2", || unsafe { fd.get_xsave2(&mut area) })?;
     let words = area.as_fam_struct_ref().xsave.region.iter().chain(area.as_slice());
     Ok(words.flat_map(|word| word.to_le_bytes()).collect())
 }
@@ -233,7 +231,7 @@ fn set_xsave(fd: &VcpuFd, bytes: &[u8], layout: &StateLayout) -> Result<(), KvmE
         *slot = word;
     }
     // SAFETY: the buffer has the size that KVM reads on this host, see `get_xsave`.
-    unsafe { fd.set_xsave2(&area) }.map_err(KvmError::ioctl("KVM_SET_XSAVE"))
+    KvmError::call("KVM_SET_XSAVE", || unsafe { fd.set_xsave2(&area) })
 }
 
 /// Reads MSRs until the first that cannot be read; the result is that much shorter.
@@ -241,7 +239,7 @@ fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
     let entries: Vec<_> =
         indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
     let mut msrs = Msrs::from_entries(&entries).expect("batches are below KVM's limit");
-    let count = fd.get_msrs(&mut msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+    let count = KvmError::call("KVM_GET_MSRS", || fd.get_msrs(&mut msrs))?;
     let msr = |entry: &kvm_msr_entry| Msr { index: entry.index, value: entry.data };
     Ok(msrs.as_slice().iter().take(count).map(msr).collect())
 }
@@ -274,7 +272,7 @@ fn set_msrs(fd: &VcpuFd, msrs: &[Msr], tsc_ahead: u64) -> Result<(), KvmError> {
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MSR_BATCH)];
         let list = Msrs::from_entries(batch).expect("batches are below KVM's limit");
-        let count = fd.set_msrs(&list).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
+        let count = KvmError::call("KVM_SET_MSRS", || fd.set_msrs(&list))?;
         rest = rest.get(count..).unwrap_or_default();
         if count < batch.len()
             && let Some((refused, others)) = rest.split_first()

@@ -301,7 +301,7 @@ impl Vm {
     /// # Errors
     /// The ioctl that failed.
     pub fn save(&self) -> Result<VmState, KvmError> {
-        let clock = self.fd.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        let clock = KvmError::call("KVM_GET_CLOCK", || self.fd.get_clock())?;
         let saved_at_ns = monotonic_ns();
         let devices = match self.irqchip {
             Irqchip::Split => None,
@@ -313,12 +313,12 @@ impl Vm {
     fn save_devices(&self) -> Result<FullIrqchipState, KvmError> {
         let chip = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            self.fd.get_irqchip(&mut chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
+            KvmError::call("KVM_GET_IRQCHIP", || self.fd.get_irqchip(&mut chip))?;
             Ok::<_, KvmError>(chip)
         };
         Ok(FullIrqchipState {
             chips: [chip(KVM_IRQCHIP_PIC_MASTER)?, chip(KVM_IRQCHIP_PIC_SLAVE)?, chip(KVM_IRQCHIP_IOAPIC)?],
-            pit: self.fd.get_pit2().map_err(KvmError::ioctl("KVM_GET_PIT2"))?,
+            pit: KvmError::call("KVM_GET_PIT2", || self.fd.get_pit2())?,
         })
     }
 
@@ -333,9 +333,9 @@ impl Vm {
             (None, Irqchip::Split) => {}
             (Some(devices), Irqchip::Full) => {
                 for chip in &devices.chips {
-                    self.fd.set_irqchip(chip).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
+                    KvmError::call("KVM_SET_IRQCHIP", || self.fd.set_irqchip(chip))?;
                 }
-                self.fd.set_pit2(&devices.pit).map_err(KvmError::ioctl("KVM_SET_PIT2"))?;
+                KvmError::call("KVM_SET_PIT2", || self.fd.set_pit2(&devices.pit))?;
             }
             (None, Irqchip::Full) => {
                 return Err(KvmError::WrongIrqchip { operation, needed: "split" });
@@ -346,7 +346,7 @@ impl Vm {
         }
         let since_ns = monotonic_ns().saturating_sub(state.saved_at_ns);
         let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(since_ns), ..Default::default() };
-        self.fd.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
+        KvmError::call("KVM_SET_CLOCK", || self.fd.set_clock(&clock))
     }
 }
 

@@ -12,6 +12,7 @@ use super::life::{Answer, Member, RESET_OPEN, STOP_LIMIT};
 use super::messages::{CutReply, CutTimes, EncodedSnapshot, Event, Reply, Snapshot};
 use crate::devices::backing::{Backing, BackingState};
 use crate::devices::gate::HeldGate;
+use crate::failure;
 use crate::frames::CutId;
 use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
@@ -52,9 +53,21 @@ impl Member {
                 Ok((Reply::Cut(Box::new(reply)), extents))
             }
             Err(error) => {
+                // Also one that was performed, and whose state could not be handed over.
+                space.release_cut(cut);
                 space.host().detach_cut(cut);
                 Err(error)
             }
+        }
+    }
+
+    /// The keeper does not get the answer to the order just obeyed: a cut is none then.
+    pub(super) fn take_back(&mut self) {
+        if let Some(cut) = self.just_cut.take()
+            && let Ok(life) = self.life()
+        {
+            life.space.release_cut(cut);
+            life.space.host().detach_cut(cut);
         }
     }
 
@@ -69,11 +82,12 @@ impl Member {
         let mut times = CutTimes { begun: monotonic_ns(), ..CutTimes::default() };
         let reserved = space.reserve_cut(cut)?;
         times.reserved = monotonic_ns();
-        let stopped = stop_all(&self.vcpus, STOP_LIMIT);
+        let stopped = failure::point("cut.stop").map_err(MemberError::from);
+        let stopped = stopped.and_then(|()| Ok(stop_all(&self.vcpus, STOP_LIMIT)?));
         times.stopped = monotonic_ns();
         let held = self.gate.hold();
         times.held = monotonic_ns();
-        let result = stopped.map_err(MemberError::from).and_then(|()| {
+        let result = stopped.and_then(|()| {
             let snapshot = self.save(&held, backing, asked_by)?;
             times.saved = monotonic_ns();
             if self.held.is_none() {
@@ -91,8 +105,9 @@ impl Member {
         resumed?;
         let extents = self.extents_of(&mut snapshot)?;
         let is_still = self.held.is_some() && self.vm.is_some() && snapshot.dma.requests.is_empty();
+        failure::point("cut.encode")?;
         let snapshot = EncodedSnapshot::of(&snapshot)?;
-        Ok((CutReply { snapshot, is_still, figures, times }, extents))
+        Ok((CutReply { snapshot, extents: extents.len(), is_still, figures, times }, extents))
     }
 
     /// Names the extent files that a snapshot needs, and returns them in that order.

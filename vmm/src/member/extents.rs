@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::extents_name;
 use super::shell::MemberFiles;
 use crate::devices::backing::{ExtentFileId, ExtentFiles};
+use crate::failure;
 
 /// See the module. The member creates its own in the arena; those of its
 /// ancestors come as descriptors, since their names go when their processes do.
@@ -35,6 +36,7 @@ impl ArenaExtents {
     pub(super) fn get(&self, id: ExtentFileId) -> io::Result<OwnedFd> {
         let known = self.known();
         let file = known.get(&id).ok_or_else(|| io::Error::other("an extent file has not come along"))?;
+        failure::point("extents.duplicate")?;
         file.try_clone()
     }
 }
@@ -48,6 +50,7 @@ impl ExtentFiles for ArenaExtents {
         // What clones get. Opened anew where that can be, so that they cannot write.
         let shown = match self.files.reader.open_read_only(&name) {
             Ok(read_only) => read_only,
+            // no failure point: a transfer of the VM's own fails, and its guest is told
             Err(_) => file.try_clone()?,
         };
         self.known().insert(id, shown);

@@ -17,7 +17,7 @@ use super::start::{is_reset, read_port};
 use super::watch::Watch;
 use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
-use crate::ipc::Channel;
+use crate::ipc::{Channel, IpcError};
 use crate::kvm::kick::{StopSignal, Woken};
 use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{CallOutcome, CallRegisters, End, Flow, HostDescription, Machine};
@@ -119,8 +119,9 @@ impl MemberMachine {
 
     /// Tells the keeper something. If the keeper is gone, so is this process soon.
     pub fn tell(&self, event: Event) {
-        if let Err(error) = self.keeper.send(&Message::Event(event), &[]) {
-            tracing::debug!(%error, "the keeper cannot be told");
+        match self.keeper.send_patiently(&Message::Event(event), &[]) {
+            Ok(()) | Err(IpcError::Closed) => {}
+            Err(error) => tracing::error!(%error, "the keeper cannot be told"),
         }
     }
 

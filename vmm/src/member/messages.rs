@@ -315,6 +315,8 @@ pub struct CutTimes {
 pub struct CutReply {
     /// For the clones.
     pub snapshot: EncodedSnapshot,
+    /// How many files come with it: what the DMA engine's backing is in.
+    pub extents: usize,
     /// Nothing of the VM can change before it is resumed: it was quiesced, with no transfer under way.
     pub is_still: bool,
     /// What was done in the pause.

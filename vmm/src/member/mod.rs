@@ -52,6 +52,7 @@ use self::life::Member;
 use self::messages::{Message, Order, Reply, Request, Setup};
 use self::shell::Shell;
 use crate::arena_files::ArenaError;
+use crate::failure::Injected;
 use crate::ipc::shared::SharedMemoryError;
 use crate::ipc::{Channel, IpcError, spawn};
 use crate::kvm::KvmError;
@@ -110,6 +111,12 @@ pub enum MemberError {
     Protocol(&'static str),
 }
 
+impl From<Injected> for MemberError {
+    fn from(injected: Injected) -> Self {
+        Self::Window(injected.into())
+    }
+}
+
 /// Runs a member until its keeper lets it go. The end of the keeper is the end of the process, whatever it
 /// is at: it may be waiting for another member, which is gone too.
 fn serve(setup: Setup, slot: u32, descriptors: Vec<OwnedFd>, keeper: Channel) -> Result<(), MemberError> {
@@ -140,7 +147,12 @@ fn serve(setup: Setup, slot: u32, descriptors: Vec<OwnedFd>, keeper: Channel) ->
             Err(error) => (Err(error.to_string()), Vec::new()),
         };
         let files: Vec<_> = files.iter().map(std::os::fd::AsFd::as_fd).collect();
-        keeper.send(&Message::Answer { number, result }, &files)?;
+        if let Err(error) = keeper.send_patiently(&Message::Answer { number, result }, &files) {
+            // The keeper must not take for undone what was done, nor wait.
+            member.take_back();
+            let result = Err(format!("its answer could not be sent: {error}"));
+            keeper.send(&Message::Answer { number, result }, &[])?;
+        }
         member.after();
     }
 }

@@ -16,6 +16,7 @@ use super::MemberError;
 use super::life::{Answer, Member, STOP_LIMIT};
 use super::machine::MemberMachine;
 use super::messages::{Event, Reply, ResetReply, ResetTimes};
+use crate::failure;
 use crate::ipc::Channel;
 use crate::kvm::stop_all;
 use crate::kvm::vcpu::monotonic_ns;
@@ -80,11 +81,12 @@ impl Member {
         {
             return Err(SpaceError::Pinned { gfn }.into());
         }
-        if let Err(error) = stop_all(&self.vcpus, STOP_LIMIT) {
+        let stopped = failure::point("reset.stop").map_err(MemberError::from);
+        if let Err(error) = stopped.and_then(|()| Ok(stop_all(&self.vcpus, STOP_LIMIT)?)) {
             if self.held.is_none() {
                 self.resume_vcpus()?;
             }
-            return Err(error.into());
+            return Err(error);
         }
         times.stopped = monotonic_ns();
         // Transfers in flight end uncompleted: at the cut they had not been asked for, or are asked for
@@ -128,9 +130,15 @@ impl Member {
         self.held = None;
         self.is_at_origin = true;
         self.has_halted = false;
-        self.go()?;
-        times.resumed = monotonic_ns();
-        self.begin_as_clone(&snapshot)?;
+        let begun = self.go().and_then(|_| {
+            times.resumed = monotonic_ns();
+            self.begin_as_clone(&snapshot)
+        });
+        if let Err(error) = begun {
+            // It is not what it was at the cut: stopped again.
+            self.prepare_reset(monotonic_ns())?;
+            return Err(error);
+        }
         let reply = ResetReply { figures, times };
         self.just_reset = Some(reply);
         Ok((Reply::Reset(reply), Vec::new()))

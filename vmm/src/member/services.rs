@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use super::machine::MemberMachine;
 use super::messages::Event;
 use crate::board::Board;
+use crate::failure;
 use crate::ipc::futex;
 use crate::space::{Keep, Space, SpaceError};
 use crate::window::{Surplus, Window};
@@ -137,6 +138,7 @@ impl Services {
 }
 
 fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    failure::point("services.thread")?;
     std::thread::Builder::new().name(name.to_owned()).spawn(work)
 }
 
@@ -151,6 +153,7 @@ impl Drop for Services {
         self.work.stop.store(true, Ordering::SeqCst);
         let area = self.work.board.member(self.work.slot);
         area.ring();
+        // no failure point: no process survives this
         if let Err(error) = futex::wake_all(area.doorbell()) {
             tracing::error!(%error, "the forcer cannot be woken");
         }
@@ -174,6 +177,7 @@ impl Work {
         match self.space.resolve_known() {
             // Nothing traps that another process would have to be asked for.
             Ok(true) => {
+                // no failure point: a thread too many stays
                 if let Err(error) = self.surplus.send_home() {
                     self.trouble(&error);
                 }
@@ -189,10 +193,8 @@ impl Work {
                 Ok(true) if self.stop.load(Ordering::SeqCst) => return,
                 Ok(true) => {}
                 Ok(false) => break,
-                Err(error) => {
-                    self.trouble(&error);
-                    break;
-                }
+                // What is published is settled, whatever becomes of the leaf here: on to the next.
+                Err(error) => self.trouble(&error),
             }
         }
         self.reap();

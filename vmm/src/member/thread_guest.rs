@@ -31,6 +31,7 @@ impl ThreadGuest {
     pub fn start(machine: &Arc<MemberMachine>) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (for_thread, for_stop) = (Arc::clone(machine), Arc::clone(&stop));
+        crate::failure::point("guest.thread")?;
         let thread = std::thread::Builder::new()
             .name("guest".to_owned())
             .spawn(move || run(&for_thread, &for_stop))?;

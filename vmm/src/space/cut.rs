@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backing, Host, PROTECTED, PageSource, Space, SpaceError, Traps};
+use super::{Backing, Host, HostError, PROTECTED, PageSource, Space, SpaceError, Traps};
+use crate::failure;
 use crate::frames::CutId;
 use crate::plants::{Plant, is_planted};
 use crate::sync::{AtomicU32, Mutex};
@@ -34,6 +35,20 @@ struct PinnedCopies {
     /// Ascending.
     gfns: Vec<Gfn>,
     bytes: Vec<[u8; PAGE_BYTES]>,
+}
+
+impl PinnedCopies {
+    /// Room for `pages` more. Everything may be pinned: that much memory may be refused.
+    fn make_room(&mut self, pages: usize) -> Result<(), SpaceError> {
+        let refused = |source| HostError {
+            action: "making room for copies of pinned pages",
+            leaf: LeafNumber(0),
+            source,
+        };
+        failure::point("cut.room").map_err(|injected| refused(injected.into()))?;
+        let has_room = self.gfns.try_reserve(pages).and_then(|()| self.bytes.try_reserve(pages));
+        Ok(has_room.map_err(|_| refused(std::io::ErrorKind::OutOfMemory.into()))?)
+    }
 }
 
 impl OpenCut {
@@ -86,6 +101,7 @@ pub struct ReservedCut<'a, H: Host> {
     space: &'a Space<H>,
     id: CutId,
     copies: PinnedCopies,
+    is_performed: bool,
     _cutting: MutexGuard<'a, ()>,
 }
 
@@ -106,9 +122,13 @@ pub struct CutFigures {
 
 impl<H: Host> Drop for ReservedCut<'_, H> {
     fn drop(&mut self) {
-        self.space.reserving.store(0, Ordering::Release);
-        if let Err(error) = self.space.unregister_idle() {
-            tracing::warn!(%error, "a leaf stays registered");
+        let space = self.space;
+        space.reserving.store(0, Ordering::Release);
+        if self.is_performed {
+            space.unregister(|leaf| !space.is_protected(leaf));
+        } else {
+            // Nobody waits for what was protected ahead, or before the host refused the rest.
+            space.unregister(|leaf| !space.is_protected(leaf) || space.pending_cuts(leaf).is_empty());
         }
     }
 }
@@ -125,11 +145,16 @@ impl<H: Host> Space<H> {
             self.reserving.store(1, Ordering::Release);
         }
         let pinned = self.pin_table().pinned_pages();
-        let mut reserved =
-            ReservedCut { space: self, id, copies: PinnedCopies::default(), _cutting: cutting };
+        let mut reserved = ReservedCut {
+            space: self,
+            id,
+            copies: PinnedCopies::default(),
+            is_performed: false,
+            _cutting: cutting,
+        };
         // Pins may come until the pause: some room more, touched now rather than then.
         let room = pinned + pinned / 4 + 64;
-        reserved.copies.gfns.reserve(room);
+        reserved.copies.make_room(room)?;
         reserved.copies.bytes.resize(room, [1; PAGE_BYTES]);
         reserved.copies.bytes.clear();
         self.register_anonymous()?;
@@ -238,17 +263,18 @@ impl<H: Host> Space<H> {
         runs
     }
 
-    /// Takes the registration off leaves that nothing needs it for.
-    fn unregister_idle(&self) -> Result<(), SpaceError> {
-        for leaf in self.shape.leaves() {
-            if self.is_registered(leaf) && !self.is_protected(leaf) {
-                let _leaf = self.lock_leaf(leaf);
-                if self.is_registered(leaf) && !self.is_protected(leaf) {
-                    self.open_leaf(leaf)?;
-                }
+    /// Takes the registration off leaves that nothing needs it for. One that cannot be opened stays as
+    /// it is until a store comes to it, or the next cut.
+    fn unregister(&self, is_idle: impl Fn(LeafNumber) -> bool) {
+        for leaf in self.shape.leaves().filter(|leaf| self.is_registered(*leaf) && is_idle(*leaf)) {
+            let _leaf = self.lock_leaf(leaf);
+            if self.is_registered(leaf)
+                && is_idle(leaf)
+                && let Err(error) = self.open_leaf(leaf)
+            {
+                tracing::warn!(%error, "a leaf stays registered");
             }
         }
-        Ok(())
     }
 }
 
@@ -268,6 +294,8 @@ impl<H: Host> ReservedCut<'_, H> {
         let mut figures = CutFigures::default();
         let remap = space.remap.write().unwrap_or_else(PoisonError::into_inner);
         let start = Instant::now();
+        // None but for pins that have come since the reservation.
+        self.copies.make_room(space.pin_table().pinned_pages())?;
         for gfn in space.pin_table().pages().filter(|_| !is_planted(Plant::PinnedNotCopied)) {
             let mut bytes = [0; PAGE_BYTES];
             space.host.copy_page(gfn, &mut bytes);
@@ -289,6 +317,7 @@ impl<H: Host> ReservedCut<'_, H> {
         space.cuts.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(cut));
         space.reserving.store(0, Ordering::Release);
         drop(remap);
+        self.is_performed = true;
         Ok(figures)
     }
 }
@@ -306,10 +335,13 @@ impl<H: Host> Space<H> {
         // None but those that the host refused to register when they came to be, meanwhile.
         self.register_anonymous()?;
         for (first, count) in self.runs(|leaf| self.backing(leaf) == Backing::Anonymous) {
+            // First: where the host gives up half way, whoever meets the protection must find it.
+            for leaf in (first.0..first.0 + count).map(LeafNumber) {
+                self.set_protected(leaf, PROTECTED);
+            }
             self.host.protect(first, count)?;
             figures.protect_calls += 1;
             for leaf in (first.0..first.0 + count).map(LeafNumber) {
-                self.set_protected(leaf, PROTECTED);
                 area.set_protected(leaf);
                 figures.protected_leaves += 1;
             }

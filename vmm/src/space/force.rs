@@ -330,21 +330,23 @@ impl<H: Host> Space<H> {
         finished
     }
 
-    /// The keeper has declared `cut` unneeded: takes the protection off every leaf that waited for
-    /// it alone, without a copy, and forgets the cut.
-    ///
-    /// # Errors
-    /// The host refused.
-    pub fn release_cut(&self, cut: CutId) -> Result<(), SpaceError> {
-        let area = self.board.cut(cut);
-        for leaf in area.pending() {
+    /// Nobody needs `cut`: the keeper has declared it unneeded, or it is no cut after all. Forgets it, and
+    /// takes the protection off every leaf that waited for it alone, without a copy. Where the host
+    /// refuses that, the protection goes with the next store.
+    pub fn release_cut(&self, cut: CutId) {
+        let is_other = |open: &Arc<OpenCut>| open.id() != cut;
+        self.cuts.write().unwrap_or_else(std::sync::PoisonError::into_inner).retain(is_other);
+        for leaf in self.board.cut(cut).pending() {
             let _leaf = self.lock_leaf(leaf);
-            if self.is_protected(leaf) && self.pending_cuts(leaf).is_empty() {
-                self.open_leaf(leaf)?;
-                self.counters.leaves_reused.fetch_add(1, Ordering::Relaxed);
+            if !self.is_protected(leaf) || !self.pending_cuts(leaf).is_empty() {
+                continue;
+            }
+            match self.open_leaf(leaf) {
+                Ok(()) => {
+                    self.counters.leaves_reused.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => tracing::warn!(%cut, %error, "a leaf that nobody needs stays protected"),
             }
         }
-        self.cuts.write().unwrap_or_else(std::sync::PoisonError::into_inner).retain(|open| open.id() != cut);
-        Ok(())
     }
 }

@@ -318,7 +318,8 @@ impl<H: Host> Space<H> {
         self.stopping.store(1, Ordering::Release);
     }
 
-    fn is_stopping(&self) -> bool {
+    /// Whether that was said.
+    pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire) != 0
     }
 

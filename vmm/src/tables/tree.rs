@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::{Entry, LEAF_LEVEL, LeafRecord, ROOT_LEVEL, leaves_per_slot, slot};
 use crate::board::{Board, NODE_ENTRIES};
+use crate::failure;
 use crate::frames::{CutId, Frames, Ledger};
 use crate::plants::{Plant, is_planted};
 use crate::words::{LeafNumber, PageSet};
@@ -234,6 +235,7 @@ impl Tables {
     }
 
     fn new_record(&mut self, leaf: LeafNumber, content: LeafRecord) -> Result<Entry, TablesError> {
+        failure::point("tables.record").map_err(|_| TablesError::Records(self.board.shape().records))?;
         let number = self.record_references.take().ok_or(TablesError::Records(self.board.shape().records))?;
         content.store(self.board.record(number));
         let needed = number as usize + 1;
@@ -292,6 +294,7 @@ impl Tables {
         {
             return Ok(node);
         }
+        failure::point("tables.node").map_err(|_| TablesError::Nodes(self.board.shape().nodes))?;
         let copy = self.node_references.take().ok_or(TablesError::Nodes(self.board.shape().nodes))?;
         for index in 0..NODE_ENTRIES {
             let below = match entry {

@@ -110,14 +110,16 @@ impl Reservation {
     /// Puts fresh anonymous memory at `range`, with huge pages asked for or refused.
     pub(super) fn map_anonymous(&self, range: Range<u64>, is_huge: bool) -> io::Result<()> {
         self.map_fixed(range.clone(), PRIVATE_FIXED | libc::MAP_ANONYMOUS, -1, 0)?;
-        self.advise(range.clone(), if is_huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE })?;
-        self.advise(range, libc::MADV_DONTFORK)
+        self.suggest(range.clone(), if is_huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
+        self.suggest(range, libc::MADV_DONTFORK);
+        Ok(())
     }
 
     /// Puts `file` from `offset` at `range`, privately: stores make private copies.
     pub(super) fn map_file(&self, range: Range<u64>, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
         self.map_fixed(range.clone(), PRIVATE_FIXED, file.as_raw_fd(), offset)?;
-        self.advise(range, libc::MADV_DONTFORK)
+        self.suggest(range, libc::MADV_DONTFORK);
+        Ok(())
     }
 
     fn map_fixed(&self, range: Range<u64>, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
@@ -174,6 +176,14 @@ impl Reservation {
             let result =
                 unsafe { if len_bytes > 0 { libc::munmap(start.as_ptr().cast(), len_bytes) } else { 0 } };
             debug_assert!(result == 0, "unmapping failed: {}", io::Error::last_os_error());
+        }
+    }
+
+    /// As [`advise`](Self::advise), of a mapping that was just made. It is there and right without: to
+    /// fail now would be to say that the range is as before.
+    fn suggest(&self, range: Range<u64>, advice: i32) {
+        if let Err(error) = self.advise(range, advice) {
+            tracing::debug!(advice, %error, "the host does not take advice on a mapping");
         }
     }
 

@@ -348,6 +348,7 @@ impl Host for Window {
     }
 
     fn wake_word(&self, word: &BoardWord) {
+        // no failure point: who waits there looks again by itself
         if let Err(error) = futex::wake_all(word) {
             tracing::error!(%error, "waking those who wait for a word of the board failed");
         }

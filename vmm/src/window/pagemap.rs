@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use super::mapping::Reservation;
+use crate::failure;
 use crate::space::PageStates;
 use crate::words::{Gpa, HostAddress, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
 
@@ -121,6 +122,7 @@ impl Pagemap {
     fn scan_regions(&self, range: Range<u64>, visit: &mut dyn FnMut(&Region)) -> io::Result<()> {
         let mut regions = [Region::default(); BATCH];
         let mut start = range.start;
+        failure::point("pagemap.scan")?;
         while start < range.end {
             let mut argument = ScanArgument {
                 size: wide(size_of::<ScanArgument>()),

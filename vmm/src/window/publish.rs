@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::mapping::Reservation;
 use super::{CutFiles, Window};
+use crate::failure;
 use crate::frames::CutId;
 use crate::space::{PageSource, Patch};
 use crate::words::{LEAF_BYTES, LeafNumber, PAGE_BYTES, index, wide};
@@ -35,7 +36,10 @@ impl Window {
         let pages: Vec<(usize, PageSource<'_>)> = sources.iter().copied().enumerate().collect();
         self.write_pages(files.blocks.as_fd(), offset, leaf, &pages).inspect_err(|_| {
             let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-            if let Err(error) = rustix::fs::fallocate(&files.blocks, punch, offset, wide(LEAF_BYTES)) {
+            let punched = failure::point("publish.punch")
+                .map_err(io::Error::from)
+                .and_then(|()| Ok(rustix::fs::fallocate(&files.blocks, punch, offset, wide(LEAF_BYTES))?));
+            if let Err(error) = punched {
                 tracing::error!(%cut, %leaf, %error, "half a block cannot be punched");
             }
         })
@@ -85,6 +89,7 @@ impl Window {
         let count = i32::try_from(vectors.len()).map_err(io::Error::other)?;
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
         let _turn = self.turn.lock();
+        failure::point("publish.write")?;
         // SAFETY: every vector covers whole pages of the window (lent, hence present, anonymous and
         // unchanging), of a copy, of the side mapping or of ZEROS, all alive until the call returns.
         let written = unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), count, offset) };
@@ -157,6 +162,7 @@ impl Window {
     pub(super) fn read_patch(&self, patch: &Patch) -> io::Result<[u8; PAGE_BYTES]> {
         let file = std::fs::File::from(self.files.open(&patch.cut.patch_file())?);
         let mut frame = [0; PAGE_BYTES];
+        failure::point("publish.read_patch")?;
         file.read_exact_at(&mut frame, u64::from(patch.frame) * wide(PAGE_BYTES))?;
         Ok(frame)
     }

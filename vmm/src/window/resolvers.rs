@@ -3,19 +3,23 @@
 //! They own no io_uring, take no pin, make no KVM call. One that waits for another process's leaf
 //! keeps the others free: there is one more of them than can wait at one time. Once nothing of the window
 //! can make one wait, one is enough, and the others are [sent home](Surplus::send_home).
+//!
+//! A fault that the host refuses to resolve (no memory, no room for a mapping) is tried again until it
+//! is: who waits there waits, and whoever made the window is told once.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 use super::Window;
-use crate::space::{Space, SpaceError};
-use crate::words::wide;
+use crate::space::{Fault, Space, SpaceError};
+use crate::words::{Gfn, wide};
 
 /// What to do with a fault that cannot be resolved.
 pub type OnFailure = Arc<dyn Fn(SpaceError) + Send + Sync>;
@@ -124,14 +128,36 @@ fn run(space: &Space<Window>, stop: &OwnedFd, on_failure: &OnFailure) {
                     tracing::error!(address, "a fault outside the window");
                     continue;
                 };
-                if let Err(error) = space.handle_fault(gfn, fault) {
-                    on_failure(error);
-                }
+                resolve(space, gfn, fault, on_failure);
             }
             Err(error) => {
                 tracing::error!(%error, "reading a fault failed");
                 return;
             }
         }
+    }
+}
+
+/// How long to wait before a fault is tried again: twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(128);
+
+/// Resolves a fault, and tries again as long as the host refuses.
+fn resolve(space: &Space<Window>, gfn: Gfn, fault: Fault, on_failure: &OnFailure) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match space.handle_fault(gfn, fault) {
+            Ok(()) => return,
+            Err(error @ SpaceError::Host(_)) if pause == LAST_PAUSE => on_failure(error),
+            Err(SpaceError::Host(error)) => tracing::debug!(%error, "a fault is tried again"),
+            Err(error) => return on_failure(error),
+        }
+        // Memory that comes back gives no sign.
+        std::thread::sleep(pause);
+        if space.is_stopping() {
+            return;
+        }
+        // Past the last one it stays, and is not told again.
+        pause = if pause > LAST_PAUSE { pause } else { pause * 2 };
     }
 }

@@ -280,7 +280,8 @@ impl DmaEngine {
 
     fn ensure_threads(&self) -> std::io::Result<()> {
         let mut threads = lock(&self.threads);
-        if threads.is_empty() && !self.shared.stopped() {
+        // Also those that could not be started the last time.
+        if !self.shared.stopped() {
             workers::spawn(&self.shared, &mut threads)?;
         }
         Ok(())

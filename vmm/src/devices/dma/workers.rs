@@ -19,6 +19,7 @@ use super::{BackingKind, InFlight, SavedBuffer, Shared, Slot, entry};
 use crate::devices::backing::BackingError;
 use crate::devices::memory::{Buffer, Span};
 use crate::devices::{Access, RamError, lock};
+use crate::failure;
 use crate::words::{Gpa, index};
 
 const WORKERS: usize = 2;
@@ -92,6 +93,7 @@ impl Eq for Timed {}
 pub(super) fn spawn(shared: &Arc<Shared>, threads: &mut Vec<JoinHandle<()>>) -> std::io::Result<()> {
     while threads.len() <= WORKERS {
         let shared = Arc::clone(shared);
+        failure::point("dma.thread")?;
         let thread = if threads.is_empty() {
             Builder::new().name("dma-completer".into()).spawn(move || shared.complete_all())
         } else {
