@@ -3,13 +3,17 @@
 //!
 //! | kind | files | budget | huge pages | guard of readers |
 //! |---|---|---|---|---|
-//! | [`HugeTmpfs`](ArenaKind::HugeTmpfs) | names on a detached tmpfs | by the kernel: `ENOSPC` | from the first write | a read-only clone of the mount |
-//! | [`Tmpfs`](ArenaKind::Tmpfs) | the same | the same | none | the same |
+//! | [`HugeTmpfs`](ArenaKind::HugeTmpfs) | names on two detached tmpfs, one of small pages | by the kernel: `ENOSPC` | from the first write | a read-only clone of each mount |
+//! | [`Tmpfs`](ArenaKind::Tmpfs) | names on a detached tmpfs | the same | none | the same |
 //! | [`Memfd`](ArenaKind::Memfd) | a table of memfds | none | none | file mode: works unless root |
 //!
 //! The first that the host allows is taken; a detached mount needs `CAP_SYS_ADMIN` and shows up in no
 //! file tree. The arena's memory is charged to whoever writes it first, and given back when the last
 //! descriptor and mapping of a removed file is gone.
+//!
+//! A file of single frames is a [small](ArenaDir::create_small_file) one: in a huge file the first byte of
+//! every 2 MiB takes all of them. Where files are huge the small ones have a tmpfs of their own, with a
+//! [part](SMALL_PART) of the budget besides.
 //!
 //! # Protocol
 //! The keeper [creates](ArenaDir::create) the directory and sends each member its
@@ -164,7 +168,12 @@ pub struct ArenaDir {
     kind: ArenaKind,
     budget_bytes: u64,
     files: Files,
+    /// Small files, where the others are huge.
+    small: Option<TmpfsMount>,
 }
+
+/// Small files have the budget divided by this besides: patches are few, or a leaf is written anew.
+const SMALL_PART: u64 = 8;
 
 #[derive(Debug)]
 enum Files {
@@ -190,7 +199,8 @@ pub struct ArenaWriter(Place);
 /// A member's side of the arena.
 #[derive(Debug)]
 enum Place {
-    Tmpfs(OwnedFd),
+    /// A mount, and that of small files, of a reader where there is one.
+    Tmpfs(OwnedFd, Option<OwnedFd>),
     Memfd(MemfdLocator),
 }
 
@@ -213,16 +223,14 @@ impl ArenaDir {
             return Err(ArenaError::Budget { budget_bytes });
         }
         let kinds: &[_] = match choice {
-            ArenaChoice::Best => {
-                &[(ArenaKind::HugeTmpfs, PageSize::Huge), (ArenaKind::Tmpfs, PageSize::Small)]
-            }
-            ArenaChoice::SmallPages => &[(ArenaKind::Tmpfs, PageSize::Small)],
+            ArenaChoice::Best => &[ArenaKind::HugeTmpfs, ArenaKind::Tmpfs],
+            ArenaChoice::SmallPages => &[ArenaKind::Tmpfs],
             ArenaChoice::Memfd => &[],
         };
-        for &(kind, page_size) in kinds {
-            match TmpfsMount::create(page_size, budget_bytes) {
-                Ok(mount) => {
-                    return Ok(Self { kind, budget_bytes, files: Files::Tmpfs(mount) });
+        for &kind in kinds {
+            match Self::mounts(kind, budget_bytes) {
+                Ok((mount, small)) => {
+                    return Ok(Self { kind, budget_bytes, files: Files::Tmpfs(mount), small });
                 }
                 Err(error) => {
                     tracing::debug!(?kind, %error, "the host does not allow this kind of arena")
@@ -230,7 +238,22 @@ impl ArenaDir {
             }
         }
         let files = Files::Memfd(MemfdTable::new());
-        Ok(Self { kind: ArenaKind::Memfd, budget_bytes, files })
+        Ok(Self { kind: ArenaKind::Memfd, budget_bytes, files, small: None })
+    }
+
+    /// The mounts of an arena of a kind that has some.
+    fn mounts(kind: ArenaKind, budget_bytes: u64) -> Result<(TmpfsMount, Option<TmpfsMount>), ArenaError> {
+        let small = |budget_bytes| TmpfsMount::create(PageSize::Small, budget_bytes);
+        match kind {
+            ArenaKind::HugeTmpfs => {
+                // no failure point: there is no colony yet, and another kind of arena is tried
+                let small = small(budget_bytes / SMALL_PART)?;
+                // no failure point: as above
+                Ok((TmpfsMount::create(PageSize::Huge, budget_bytes)?, Some(small)))
+            }
+            // no failure point: as above
+            _ => Ok((small(budget_bytes)?, None)),
+        }
     }
 
     /// What the host allowed.
@@ -251,16 +274,20 @@ impl ArenaDir {
     /// # Errors
     /// The host refused to say.
     pub fn used_bytes(&self) -> Result<u64, ArenaError> {
-        match &self.files {
+        // no failure point: a figure for reports
+        let small = self.small.as_ref().map_or(Ok(0), TmpfsMount::used_bytes)?;
+        let others = match &self.files {
             Files::Tmpfs(mount) => mount.used_bytes(),
             Files::Memfd(table) => table.used_bytes(),
-        }
+        };
+        Ok(others? + small)
     }
 
     /// Whether a descriptor opened by a reader can never be reopened for writing, not even by root.
     #[must_use]
     pub fn guards_readers(&self) -> bool {
         matches!(&self.files, Files::Tmpfs(mount) if mount.guards_readers())
+            && self.small.as_ref().is_none_or(TmpfsMount::guards_readers)
     }
 
     /// A new, sparse file of `len_bytes`, open for reading and writing.
@@ -273,6 +300,20 @@ impl ArenaDir {
         match &self.files {
             Files::Tmpfs(mount) => tmpfs::create_file(mount.writable(), name, len_bytes),
             Files::Memfd(table) => table.create_file(name, len_bytes),
+        }
+    }
+
+    /// As [`create_file`](Self::create_file), but each 4 KiB of the file take memory by themselves.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create_small_file(&self, name: &str, len_bytes: u64) -> Result<OwnedFd, ArenaError> {
+        match &self.small {
+            Some(mount) => {
+                check_name(name)?;
+                tmpfs::create_file(mount.writable(), name, len_bytes)
+            }
+            None => self.create_file(name, len_bytes),
         }
     }
 
@@ -295,7 +336,10 @@ impl ArenaDir {
     pub fn open_read_only(&self, name: &str) -> Result<OwnedFd, ArenaError> {
         check_name(name)?;
         match &self.files {
-            Files::Tmpfs(mount) => tmpfs::open_read_only(mount.readable(), name),
+            Files::Tmpfs(mount) => {
+                let small = self.small.as_ref().map(TmpfsMount::readable);
+                in_either(mount.readable(), small, |mount| tmpfs::open_read_only(mount, name))
+            }
             Files::Memfd(table) => table.open_read_only(name),
         }
     }
@@ -309,7 +353,10 @@ impl ArenaDir {
         check_name(name)?;
         failure::point("arena.remove")?;
         match &self.files {
-            Files::Tmpfs(mount) => tmpfs::remove(mount.writable(), name),
+            Files::Tmpfs(mount) => {
+                let small = self.small.as_ref().map(TmpfsMount::writable);
+                in_either(mount.writable(), small, |mount| tmpfs::remove(mount, name))
+            }
             Files::Memfd(table) => table.remove(name),
         }
     }
@@ -319,7 +366,10 @@ impl ArenaDir {
     #[must_use]
     pub fn share_with_member(&self) -> (ArenaDescription, Vec<BorrowedFd<'_>>) {
         let (memfds, descriptors) = match &self.files {
-            Files::Tmpfs(mount) => (None, vec![mount.readable(), mount.writable()]),
+            Files::Tmpfs(mount) => {
+                let small = self.small.as_ref().map(TmpfsMount::readable);
+                (None, [mount.writable(), mount.readable()].into_iter().chain(small).collect())
+            }
             Files::Memfd(table) => (Some(table.locator()), Vec::new()),
         };
         (ArenaDescription { kind: self.kind, memfds }, descriptors)
@@ -334,11 +384,15 @@ impl ArenaDir {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(ArenaReader, ArenaWriter), ArenaError> {
         let (kind, count) = (description.kind, descriptors.len());
-        match (<[OwnedFd; 2]>::try_from(descriptors), description.memfds) {
-            (Ok([readable, writable]), None) => {
-                Ok((ArenaReader(Place::Tmpfs(readable)), ArenaWriter(Place::Tmpfs(writable))))
+        let mut mounts = descriptors.into_iter();
+        match (mounts.next(), mounts.next(), mounts.next(), description.memfds) {
+            (Some(writable), Some(readable), small, None)
+                if small.is_some() == (kind == ArenaKind::HugeTmpfs) && mounts.len() == 0 =>
+            {
+                let writer = ArenaWriter(Place::Tmpfs(writable, None));
+                Ok((ArenaReader(Place::Tmpfs(readable, small)), writer))
             }
-            (Err(none), Some(locator)) if none.is_empty() => {
+            (None, _, _, Some(locator)) => {
                 Ok((ArenaReader(Place::Memfd(locator)), ArenaWriter(Place::Memfd(locator))))
             }
             _ => Err(ArenaError::Parts { kind, count }),
@@ -355,7 +409,10 @@ impl ArenaReader {
         check_name(name)?;
         failure::point("arena.open")?;
         match &self.0 {
-            Place::Tmpfs(mount) => tmpfs::open_read_only(mount.as_fd(), name),
+            Place::Tmpfs(mount, small) => {
+                let small = small.as_ref().map(OwnedFd::as_fd);
+                in_either(mount.as_fd(), small, |mount| tmpfs::open_read_only(mount, name))
+            }
             Place::Memfd(locator) => locator.open_read_only(name),
         }
     }
@@ -370,9 +427,21 @@ impl ArenaWriter {
     pub fn create_file(&self, name: &str, len_bytes: u64) -> Result<OwnedFd, ArenaError> {
         check_name(name)?;
         match &self.0 {
-            Place::Tmpfs(mount) => tmpfs::create_file(mount.as_fd(), name, len_bytes),
+            Place::Tmpfs(mount, _) => tmpfs::create_file(mount.as_fd(), name, len_bytes),
             Place::Memfd(locator) => locator.create_file(name, len_bytes),
         }
+    }
+}
+
+/// Does a thing to a file that is on one of two mounts, or on the only one.
+fn in_either<T>(
+    first: BorrowedFd<'_>,
+    second: Option<BorrowedFd<'_>>,
+    work: impl Fn(BorrowedFd<'_>) -> Result<T, ArenaError>,
+) -> Result<T, ArenaError> {
+    match (work(first), second) {
+        (Err(error), Some(second)) if error.is_not_found() => work(second),
+        (result, _) => result,
     }
 }
 

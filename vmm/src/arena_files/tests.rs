@@ -136,6 +136,30 @@ fn memory_is_given_back_with_the_last_descriptor() {
 }
 
 #[test]
+fn a_small_file_takes_memory_by_the_page_and_is_guarded_and_removed_like_any() {
+    for arena in arenas("a_small_file_takes_memory_by_the_page_and_is_guarded_and_removed_like_any") {
+        let (reader, _) = parts(&arena);
+        let file = arena.create_small_file("patches", 4 * LEAF).expect("create");
+        write(&file, b"small", LEAF);
+        if arena.kind() != ArenaKind::Memfd {
+            assert_eq!(arena.used_bytes().expect("used"), 4096, "{:?}", arena.kind());
+        }
+        let open = reader.open_read_only("patches").expect("open");
+        let mut bytes = [0; 5];
+        File::from(open.try_clone().expect("dup")).read_exact_at(&mut bytes, LEAF).expect("read");
+        assert_eq!(&bytes, b"small");
+        if arena.guards_readers() {
+            let again = rustix::fs::open(own_path(open.as_fd()), OFlags::RDWR, Mode::empty());
+            assert_eq!(again.expect_err("guarded"), Errno::ROFS);
+        }
+        arena.remove("patches").expect("remove");
+        assert!(reader.open_read_only("patches").expect_err("removed").is_not_found());
+        drop((file, open));
+        assert_eq!(arena.used_bytes().expect("used"), 0, "{:?}", arena.kind());
+    }
+}
+
+#[test]
 fn a_full_arena_is_an_error_and_has_room_again_after_a_removal() {
     for arena in tmpfs_arenas("a_full_arena_is_an_error_and_has_room_again_after_a_removal") {
         let file = File::from(arena.create_file("big", 4 * BUDGET_BYTES).expect("create"));

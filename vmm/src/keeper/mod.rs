@@ -517,7 +517,7 @@ impl Shared {
     fn make_cut_files(&self, cut: CutId) -> Result<[OwnedFd; 2], ColonyError> {
         let blocks = self.arena.create_file(&cut.block_file(), self.config.memory.span_bytes())?;
         let room = wide(crate::words::LEAF_PAGES) * u64::from(self.config.memory.span_leaves());
-        match self.arena.create_file(&cut.patch_file(), room * wide(crate::words::PAGE_BYTES)) {
+        match self.arena.create_small_file(&cut.patch_file(), room * wide(crate::words::PAGE_BYTES)) {
             Ok(patches) => Ok([blocks, patches]),
             // The first goes with the cut.
             Err(error) => Err(error.into()),

@@ -266,7 +266,7 @@ impl Nursery {
         let cut = self.family.reserve_cut(source.id).expect("room for a cut");
         let len_bytes = self.shape.span_bytes();
         let blocks = self.arena.create_file(&cut.block_file(), len_bytes).expect("a block file");
-        let patches = self.arena.create_file(&cut.patch_file(), len_bytes).expect("a patch file");
+        let patches = self.arena.create_small_file(&cut.patch_file(), len_bytes).expect("a patch file");
         let dup = |file: &OwnedFd| file.try_clone().expect("a descriptor");
         let files = CutFiles { blocks: dup(&blocks), patches: dup(&patches) };
         self.files.insert(cut, (blocks, patches));
