@@ -140,6 +140,9 @@ pub(super) fn create_file(mount: BorrowedFd<'_>, name: &str, len_bytes: u64) -> 
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let file = rustix::fs::openat(mount, name, flags, Mode::RUSR | Mode::WUSR)
         .map_err(|errno| ArenaError::file("create", name, errno))?;
+    if len_bytes == 0 {
+        return Ok(file);
+    }
     rustix::fs::ftruncate(&file, len_bytes).map_err(|errno| {
         // Nobody knows the name yet; where even this fails, only an empty file stays behind.
         let _ = rustix::fs::unlinkat(mount, name, AtFlags::empty());

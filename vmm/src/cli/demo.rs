@@ -15,6 +15,7 @@ use crate::family::VmId;
 use crate::keeper::fork::{Cloned, ForkTimes, Forked};
 use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::{HostDescription, Kvm, KvmError};
+use crate::member::confine::Confinement;
 use crate::member::messages::{Order, Progress};
 
 /// How the demo runs.
@@ -38,6 +39,9 @@ pub struct DemoArguments {
     /// Whether to ask for huge pages
     #[arg(long, value_enum, default_value_t = Huge::On)]
     huge: Huge,
+    /// What becomes of a VM's process that makes a system call which no VM needs
+    #[arg(long, value_enum, default_value_t = Confinement::On, value_name = "MODE")]
+    seccomp: Confinement,
     /// Print one JSON document instead of a table
     #[arg(long)]
     json: bool,
@@ -171,6 +175,7 @@ impl<'a> Demo<'a> {
         let kvm = Kvm::open()?;
         let mut config = ColonyConfig::new(shape);
         config.vcpus = arguments.cpus;
+        config.confinement = arguments.seccomp;
         config.is_huge = arguments.huge == Huge::On;
         if arguments.huge == Huge::Off {
             config.arena = crate::arena_files::ArenaChoice::SmallPages;

@@ -22,6 +22,7 @@ use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Source};
 use crate::ipc::spawn::{self, SpawnError};
 use crate::keeper::limits::Limits;
 use crate::kvm::{Kvm, KvmError};
+use crate::member::confine::Confinement;
 use crate::member::messages::HowEnded;
 use crate::words::index;
 
@@ -66,6 +67,9 @@ pub struct RunArguments {
     /// The most memory that its VMs may share; without it seven tenths of what the host has free
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory_limit: Option<u64>,
+    /// What becomes of a VM's process that makes a system call which no VM needs
+    #[arg(long, value_enum, default_value_t = Confinement::On, value_name = "MODE")]
+    seccomp: Confinement,
     /// Run in the background: print the name when the VM runs
     #[arg(long)]
     detach: bool,
@@ -202,6 +206,7 @@ fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
         kernel,
         initrd,
         dma_backing,
+        seccomp: arguments.seccomp,
         is_background: arguments.detach,
     })
 }

@@ -150,6 +150,7 @@ mod tests {
             initrd: None,
             limits: Limits::default(),
             dma_backing: None,
+            seccomp: crate::member::confine::Confinement::On,
             is_background: true,
         }
     }

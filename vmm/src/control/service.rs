@@ -29,6 +29,7 @@ use crate::keeper::limits::Limits;
 use crate::keeper::observe::Observer;
 use crate::keeper::{Colony, ColonyConfig, ColonyError};
 use crate::kvm::Irqchip;
+use crate::member::confine::Confinement;
 use crate::words::MemoryShape;
 
 /// What a colony's first VM is.
@@ -51,6 +52,9 @@ pub struct Settings {
     pub limits: Limits,
     /// The file that the DMA engine's backing begins with.
     pub dma_backing: Option<PathBuf>,
+    /// What members may ask of the host.
+    #[serde(default)]
+    pub seccomp: Confinement,
     /// The keeper is no terminal's: its errors go to a file beside the socket.
     pub is_background: bool,
 }
@@ -501,6 +505,7 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
         // Some have ended, and others need their pages.
         config.members = config.members.max(vms + vms / 4 + SPARE_MEMBERS);
     }
+    config.confinement = settings.seccomp;
     if settings.kernel.is_some() {
         config.irqchip = Irqchip::Full;
     }

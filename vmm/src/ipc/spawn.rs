@@ -96,6 +96,7 @@ impl fmt::Display for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exited(code) => write!(f, "exited with code {code}"),
+            Self::Killed(libc::SIGSYS) => write!(f, "was killed for a forbidden system call"),
             Self::Killed(signal) => write!(f, "was killed by signal {signal}"),
         }
     }

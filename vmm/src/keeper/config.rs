@@ -9,6 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::limits::Limits;
 use crate::arena_files::ArenaChoice;
 use crate::kvm::Irqchip;
+use crate::member::confine::Confinement;
 use crate::member::messages::{GuestKind, Publication};
 use crate::space::Keep;
 use crate::words::MemoryShape;
@@ -30,6 +31,8 @@ pub struct ColonyConfig {
     pub publication: Publication,
     /// Whether clones keep what they began with, to return to it.
     pub is_resettable: bool,
+    /// What members may ask of the host.
+    pub confinement: Confinement,
     /// Members kept ready.
     pub pool: usize,
     /// Members at one time: VMs, those that have ended and whose pages others need, and the pool.
@@ -58,6 +61,7 @@ impl ColonyConfig {
             guest: GuestKind::Kvm,
             publication: Publication { in_background: true, keep: Keep::Own, keep_later: Keep::Shared },
             is_resettable: true,
+            confinement: Confinement::On,
             pool: 2,
             members: 256,
             limits: Limits::default(),

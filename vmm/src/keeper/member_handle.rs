@@ -19,8 +19,10 @@ use super::{ANSWER_LIMIT, ColonyError, Shared};
 use crate::devices::identity::Identity;
 use crate::family::VmId;
 use crate::frames::CutId;
+use crate::ipc::spawn::Ending;
 use crate::ipc::{Channel, IpcError, spawn};
-use crate::member::messages::{Event, Message, Order, Progress, Reply, Request, ResetReply};
+use crate::member::confine::FORBIDDEN;
+use crate::member::messages::{Event, HowEnded, Message, Order, Progress, Reply, Request, ResetReply};
 use crate::space::PageCounts;
 
 /// What a member has told of itself.
@@ -300,8 +302,10 @@ impl MemberHandle {
                 }
             }
         }
-        if let Err(error) = self.child.wait() {
-            tracing::error!(vm = %self.vm(), %error, "a member cannot be reaped");
+        match self.child.wait() {
+            Ok(Ending::Killed(FORBIDDEN)) => self.note_forbidden_call(keeper),
+            Ok(_) => {}
+            Err(error) => tracing::error!(vm = %self.vm(), %error, "a member cannot be reaped"),
         }
         self.is_gone.store(true, Ordering::SeqCst);
         // Here and not by the steward, who may be waiting for one that waits for what is lost now. And
@@ -321,6 +325,14 @@ impl MemberHandle {
             (keeper.upgrade().and_then(|keeper| keeper.observer()), self.named())
         {
             observer.gone(vm);
+        }
+    }
+
+    fn note_forbidden_call(&self, keeper: &Weak<Shared>) {
+        let text = "its process made a forbidden system call, and was killed".to_owned();
+        tracing::error!(vm = %self.vm(), %text);
+        if self.named().is_some() {
+            self.note(Event::Ended { how: HowEnded::Killed, status: None, text }, keeper);
         }
     }
 

@@ -99,6 +99,7 @@ impl Shared {
             irqchip: self.config.irqchip,
             guest: self.config.guest,
             publication: self.config.publication,
+            confinement: self.config.confinement,
         };
         let mut descriptors = vec![self.words.memory().fd()];
         descriptors.extend(arena_descriptors);

@@ -151,7 +151,8 @@ impl Drop for ImmediateExit {
 }
 
 /// The signal that ends `KVM_RUN`. Real-time signals below this one are left to the C library.
-fn kick_signal() -> i32 {
+#[must_use]
+pub fn kick_signal() -> i32 {
     SIGRTMIN() + 2
 }
 

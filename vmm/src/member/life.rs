@@ -190,6 +190,8 @@ impl Member {
                 done()
             }
             Order::EndVm => self.end_vm(),
+            #[cfg(debug_assertions)]
+            Order::BreakOut => super::confine::break_out().and(done()),
             Order::Exit => Err(MemberError::Protocol("the exit is not an order to the vm")),
             #[cfg(debug_assertions)]
             Order::Failures(watching) => Ok((Reply::Failures(watching.obey()), Vec::new())),

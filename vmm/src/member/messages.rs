@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::confine::Confinement;
 use crate::arena_files::ArenaDescription;
 use crate::board::BoardShape;
 use crate::devices::backing::{BackingState, ExtentFileId};
@@ -58,6 +59,8 @@ pub struct Setup {
     pub guest: GuestKind,
     /// When lent pages are published.
     pub publication: Publication,
+    /// What members may ask of the host.
+    pub confinement: Confinement,
 }
 
 /// Asks a zygote for a member, whose end of its channel comes with it.
@@ -252,6 +255,9 @@ pub enum Order {
     /// is no VM yet.
     #[cfg(debug_assertions)]
     Failures(failure::Watching),
+    /// Make a system call that no VM needs.
+    #[cfg(debug_assertions)]
+    BreakOut,
 }
 
 impl Order {

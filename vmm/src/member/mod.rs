@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`messages`] | what keeper and member say to each other |
 //! | [`zygote`] | the process that members are copies of |
+//! | [`confine`] | the system calls that they may make |
 //! | [`shell`] | what is made ahead |
 //! | [`machine`], [`mailbox`] | exits, devices, calls of the guest |
 //! | [`ram`] | memory as the devices see it |
@@ -27,6 +28,7 @@
 //! A member never forks, and a panic in one of its threads does not abort it: others may depend on
 //! its pages.
 
+pub mod confine;
 mod cutting;
 mod extents;
 pub mod life;
@@ -43,14 +45,14 @@ mod watch;
 mod wiring;
 pub mod zygote;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use thiserror::Error;
 
 use self::life::Member;
-use self::messages::{Message, Order, Reply, Request, Setup};
+use self::messages::{Message, Order, Reply, Request};
 use self::shell::Shell;
+use self::zygote::Heritage;
 use crate::arena_files::ArenaError;
 use crate::failure::Injected;
 use crate::ipc::shared::SharedMemoryError;
@@ -106,6 +108,12 @@ pub enum MemberError {
     /// A snapshot could not be coded.
     #[error("a snapshot cannot be coded: {0}")]
     Snapshot(#[from] postcard::Error),
+    /// The system calls that are allowed cannot be limited.
+    #[error("a vm's process cannot be confined (`--seccomp off` does without): {0}")]
+    Confinement(String),
+    /// What members have from their zygote could not be had.
+    #[error("{0}")]
+    Heir(String),
     /// The keeper asked for something that makes no sense now.
     #[error("{0}")]
     Protocol(&'static str),
@@ -119,9 +127,9 @@ impl From<Injected> for MemberError {
 
 /// Runs a member until its keeper lets it go. The end of the keeper is the end of the process, whatever it
 /// is at: it may be waiting for another member, which is gone too.
-fn serve(setup: Setup, slot: u32, descriptors: Vec<OwnedFd>, keeper: Channel) -> Result<(), MemberError> {
+fn serve(heritage: Heritage, slot: u32, keeper: Channel) -> Result<(), MemberError> {
     let keeper = Arc::new(keeper);
-    let shell = match Shell::new(setup, slot, descriptors, Arc::clone(&keeper)) {
+    let shell = match Shell::new(heritage, slot, Arc::clone(&keeper)) {
         Ok(shell) => shell,
         Err(error) => {
             keeper.send(&Message::Unfit(error.to_string()), &[])?;

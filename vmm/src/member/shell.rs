@@ -4,13 +4,13 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::MemberError;
 use super::machine::MemberMachine;
-use super::messages::{Event, GuestKind, Setup};
+use super::messages::{Event, Setup};
 use super::services::Services;
+use super::zygote::Heritage;
 use crate::arena_files::{ArenaDir, ArenaReader, ArenaWriter};
 use crate::board::{Board, WordMemory};
 use crate::ipc::{Channel, SharedMemory};
@@ -99,16 +99,12 @@ pub struct MemberFiles {
 }
 
 impl Shell {
-    /// Makes a shell. `descriptors` are the board and the arena's.
+    /// Makes a shell.
     ///
     /// # Errors
     /// Whatever the host does not have or refuses.
-    pub fn new(
-        setup: Setup,
-        slot: u32,
-        mut descriptors: Vec<OwnedFd>,
-        keeper: Arc<Channel>,
-    ) -> Result<Self, MemberError> {
+    pub fn new(heritage: Heritage, slot: u32, keeper: Arc<Channel>) -> Result<Self, MemberError> {
+        let Heritage { setup, mut descriptors, kvm } = heritage;
         if descriptors.is_empty() {
             return Err(MemberError::Protocol("a setup comes with the board"));
         }
@@ -119,12 +115,12 @@ impl Shell {
         let files = MemberFiles { reader: Arc::clone(&reader), writer, slot };
         let window = Window::new(setup.memory, setup.is_huge, reader).map_err(MemberError::Window)?;
         let machine = Arc::new(MemberMachine::new(setup.vcpus, keeper).map_err(MemberError::Window)?);
-        let (vm, vcpus) = match setup.guest {
-            GuestKind::Kvm => {
-                let (vm, vcpus) = make_vm(&setup, &window, &machine)?;
+        let (vm, vcpus) = match kvm {
+            Some(kvm) => {
+                let (vm, vcpus) = make_vm(&kvm, &setup, &window, &machine)?;
                 (Some(vm), vcpus)
             }
-            GuestKind::Thread => (None, Vec::new()),
+            None => (None, Vec::new()),
         };
         let space = Space::unused(window, board.clone(), slot, setup.memory);
         let (space, files) = (Arc::new(space), Arc::new(files));
@@ -150,11 +146,11 @@ fn on_failure(machine: &Arc<MemberMachine>) -> OnFailure {
 }
 
 fn make_vm(
+    kvm: &Kvm,
     setup: &Setup,
     window: &Window,
     machine: &Arc<MemberMachine>,
 ) -> Result<(Arc<Vm>, Vec<VcpuThread>), MemberError> {
-    let kvm = Kvm::open()?;
     let region = |(first, count): (crate::words::LeafNumber, u32)| Region {
         gpa: first.gpa(),
         len_bytes: count as usize * LEAF_BYTES,
@@ -167,7 +163,7 @@ fn make_vm(
         regions.iter().map(|region| wide(region.len_bytes)).sum::<u64>() == setup.memory.ram_bytes()
     );
     let config = VmConfig { vcpus: setup.vcpus, irqchip: setup.irqchip, regions };
-    let (vm, vcpus) = Vm::new(&kvm, &config)?;
+    let (vm, vcpus) = Vm::new(kvm, &config)?;
     let threads = vcpus
         .into_iter()
         .map(|vcpu| {

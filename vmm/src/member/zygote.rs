@@ -5,8 +5,9 @@
 //! by copying itself ([`copy_beside`]), and they share all that it has.
 //!
 //! A zygote has one thread, no window, no KVM VM and no userfaultfd: nothing of what a copied process
-//! must not have, and nothing that belongs to an `mm`. Members make that for themselves. What it may have
-//! is what is the same in all of them: the board's and the arena's descriptors, KVM's, signal handlers.
+//! must not have, and nothing that belongs to an `mm`. Members make that for themselves. What it has is
+//! what is the same in all of them: the board's and the arena's descriptors, `/dev/kvm`, signal handlers,
+//! and what they are [confined](super::confine) to.
 //!
 //! # Protocol
 //! First [`Setup`] with the colony's descriptors, then a [`Hatch`] for each member, with the member's end
@@ -18,10 +19,13 @@
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
-use super::messages::{Hatch, Message, Setup};
+use super::confine::confine;
+use super::messages::{GuestKind, Hatch, Message, Setup};
 use super::{MemberError, serve};
 use crate::ipc::spawn::{Copied, copy_beside};
 use crate::ipc::{Channel, spawn};
+use crate::kvm::Kvm;
+use crate::window::Userfault;
 
 /// The descriptor at which a zygote finds its channel.
 pub const CHANNEL_NUMBER: RawFd = 3;
@@ -31,6 +35,16 @@ pub const ZYGOTE_ARGUMENT: &str = "__zygote";
 
 /// What members are called where processes are listed.
 const MEMBER_NAME: &std::ffi::CStr = c"salp-member";
+
+/// What a member has from its zygote.
+pub struct Heritage {
+    /// What it is made for.
+    pub setup: Setup,
+    /// The board's, and the arena's.
+    pub descriptors: Vec<OwnedFd>,
+    /// KVM, where that is the guest's.
+    pub kvm: Option<Kvm>,
+}
 
 /// Runs a zygote, and in its copies the members, until the keeper lets them go or is gone.
 ///
@@ -45,16 +59,21 @@ pub fn run() -> Result<(), MemberError> {
     }
     let orders = Channel::from_fd(spawn::adopt(CHANNEL_NUMBER)?)?;
     let Some((setup, descriptors)) = orders.receive::<Setup>()? else { return Ok(()) };
+    let heritage = prepare(setup, descriptors);
     loop {
         let Some((hatch, channel)) = orders.receive::<Hatch>()? else { return Ok(()) };
         let [channel] = <[OwnedFd; 1]>::try_from(channel)
             .map_err(|_| MemberError::Protocol("a member is asked for with its channel"))?;
         let keeper = Channel::from_fd(channel)?;
-        match copy_beside() {
+        let copied = match &heritage {
+            Ok(_) => copy_beside().map_err(MemberError::from),
+            Err(error) => Err(MemberError::Heir(error.to_string())),
+        };
+        match copied {
             Ok(Copied::Original) => {}
             Ok(Copied::Copy) => {
                 drop(orders);
-                return begin(setup, hatch, descriptors, keeper);
+                return begin(heritage?, hatch, keeper);
             }
             // The keeper may have given up.
             Err(error) => drop(keeper.send(&Message::Unfit(error.to_string()), &[])),
@@ -62,11 +81,22 @@ pub fn run() -> Result<(), MemberError> {
     }
 }
 
+/// Does what members may not do any more, then confines this process and them.
+fn prepare(setup: Setup, descriptors: Vec<OwnedFd>) -> Result<Heritage, MemberError> {
+    let kvm = match setup.guest {
+        GuestKind::Kvm => Some(Kvm::open()?),
+        GuestKind::Thread => None,
+    };
+    Userfault::open_device_ahead();
+    confine(setup.confinement)?;
+    Ok(Heritage { setup, descriptors, kvm })
+}
+
 /// What a copy does first.
-fn begin(setup: Setup, hatch: Hatch, descriptors: Vec<OwnedFd>, keeper: Channel) -> Result<(), MemberError> {
+fn begin(heritage: Heritage, hatch: Hatch, keeper: Channel) -> Result<(), MemberError> {
     spawn::die_with_parent()?;
     keeper.send(&Message::Born(rustix::process::getpid().as_raw_pid()), &[])?;
     // For those who look at processes; nothing depends on it.
     let _ = rustix::thread::set_name(MEMBER_NAME);
-    serve(setup, hatch.slot, descriptors, keeper)
+    serve(heritage, hatch.slot, keeper)
 }

@@ -68,6 +68,12 @@ impl FrameFiles for ArenaReader {
     }
 }
 
+/// The `ioctl` requests of this module.
+pub const IOCTLS: [u64; 8] = {
+    let [a, b, c, d, e, f, g] = userfault::IOCTLS;
+    [a, b, c, d, e, f, g, pagemap::PAGEMAP_SCAN]
+};
+
 /// The files that a source writes for one cut.
 #[derive(Debug)]
 pub struct CutFiles {

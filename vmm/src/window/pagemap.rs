@@ -20,7 +20,7 @@ const SWAPPED: u64 = 1 << 4;
 const ZERO_PAGE: u64 = 1 << 5;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)` of `linux/fs.h`.
-const PAGEMAP_SCAN: u64 = 3 << 30 | 96 << 16 | 0x66 << 8 | 16;
+pub(super) const PAGEMAP_SCAN: u64 = 3 << 30 | 96 << 16 | 0x66 << 8 | 16;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]

@@ -5,11 +5,14 @@
 //! some modes only, so every release here is followed by a wake.
 #![expect(unsafe_code, reason = "userfaultfd has no wrapper that fits; its ioctls take plain structures")]
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::failure;
+use std::sync::OnceLock;
+
 use crate::space::{Fault, Traps};
 
 /// The features that salp needs: bit, and name in `linux/userfaultfd.h`.
@@ -47,6 +50,14 @@ const POISON: u64 = read_write(8, 32);
 /// `_IO(0xAA, 0)` on `/dev/userfaultfd`.
 const NEW: u64 = 0xaa00;
 
+pub(super) const IOCTLS: [u64; 7] = [WAKE, UNREGISTER, REGISTER, WRITE_PROTECT, POISON, API, NEW];
+
+/// The device.
+const DEVICE: &str = "/dev/userfaultfd";
+
+/// The device opened ahead, see [`Userfault::open_device_ahead`].
+static OPENED: OnceLock<File> = OnceLock::new();
+
 /// One message of `struct uffd_msg`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -61,6 +72,10 @@ struct Message {
 /// The userfaultfd of one window, for its whole life.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
+
+fn open_device() -> io::Result<File> {
+    File::options().read(true).write(true).open(DEVICE)
+}
 
 impl Userfault {
     /// Opens a userfaultfd that also sees faults of the kernel (KVM's are), with the features that
@@ -93,6 +108,14 @@ impl Userfault {
         Ok(FEATURES.iter().filter(|(bit, _)| api[1] & bit == 0).map(|(_, name)| *name).collect())
     }
 
+    /// Opens the device for later, where there is one and it is permitted: for a process that will not be
+    /// allowed to. What it is for belongs to whoever uses it then.
+    pub fn open_device_ahead() {
+        if let Ok(device) = open_device() {
+            OPENED.get_or_init(|| device);
+        }
+    }
+
     fn open_fd() -> io::Result<OwnedFd> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: the system call takes flags and returns a new descriptor or an error.
@@ -110,8 +133,10 @@ impl Userfault {
                 ),
             )
         };
-        let device =
-            std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").map_err(refused)?;
+        let device = match OPENED.get() {
+            Some(device) => device,
+            None => &open_device().map_err(refused)?,
+        };
         // SAFETY: as above; the device's one ioctl takes flags.
         let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) };
         if fd < 0 {
