@@ -25,6 +25,9 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 use super::error::KvmError;
 use crate::words::PAGE_BYTES;
 
+/// How long somebody who is about to be stopped waits for that awake.
+const LOOK_LIMIT: Duration = Duration::from_micros(200);
+
 /// Why [`StopSignal::wait`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
@@ -84,6 +87,14 @@ impl StopSignal {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => unreachable!("poll on two open descriptors: {errno}"),
             }
+        }
+    }
+
+    /// Waits awake until the vCPU is to stop, for a moment: who has just caused that need not sleep.
+    pub fn look(&self) {
+        let begun = Instant::now();
+        while !self.is_raised() && begun.elapsed() < LOOK_LIMIT {
+            std::thread::yield_now();
         }
     }
 

@@ -129,6 +129,17 @@ pub struct VcpuState {
     pub events: kvm_vcpu_events,
 }
 
+/// What is known of a vCPU without asking for it.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// Everything: it has not run since.
+    pub all: Option<Box<VcpuState>>,
+    /// Its TSC's frequency, which nobody else sets.
+    pub tsc_khz: Option<u32>,
+    /// Whether it runs or what it waits for.
+    pub mp_state: Option<kvm_mp_state>,
+}
+
 impl VcpuState {
     /// Saves a vCPU that is not running and has no unfinished I/O.
     ///
@@ -151,20 +162,21 @@ impl VcpuState {
         })
     }
 
-    /// Makes a vCPU what this state says; parts that it is `known` to have are not set again (each ioctl
+    /// Makes a vCPU what this state says; parts that it is [`Known`] to have are not set again (each ioctl
     /// costs microseconds). The vCPU is not running; after an error it is in an
     /// undefined state and must be set again or dropped.
     ///
     /// # Errors
     /// The ioctl that failed, the MSR that was refused, or a state from a host whose XSAVE area is
     /// larger than this one's.
-    pub fn set(&self, fd: &VcpuFd, layout: &StateLayout, known: Option<&Self>) -> Result<(), KvmError> {
-        let differs = |is_equal: fn(&Self, &Self) -> bool| known.is_none_or(|known| !is_equal(self, known));
+    pub fn set(&self, fd: &VcpuFd, layout: &StateLayout, known: &Known) -> Result<(), KvmError> {
+        let all = known.all.as_deref();
+        let differs = |is_equal: fn(&Self, &Self) -> bool| all.is_none_or(|known| !is_equal(self, known));
         let is_other_tsc = || fd.get_tsc_khz().is_ok_and(|khz| khz != self.tsc_khz);
-        if self.tsc_khz != 0 && differs(|a, b| a.tsc_khz == b.tsc_khz) && is_other_tsc() {
+        if self.tsc_khz != 0 && known.tsc_khz != Some(self.tsc_khz) && is_other_tsc() {
             KvmError::call("KVM_SET_TSC_KHZ", || fd.set_tsc_khz(self.tsc_khz))?;
         }
-        if differs(|a, b| a.mp_state == b.mp_state) {
+        if known.mp_state != Some(self.mp_state) {
             KvmError::call("KVM_SET_MP_STATE", || fd.set_mp_state(self.mp_state))?;
         }
         KvmError::call("KVM_SET_SREGS", || fd.set_sregs(&self.sregs))?;

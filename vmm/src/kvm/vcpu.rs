@@ -54,7 +54,8 @@ use crate::words::wide;
 const AWAKE_LIMIT: Duration = Duration::from_micros(500);
 
 /// Whether somebody may look awake for `vcpus` others that work.
-fn has_spare_processor(vcpus: usize) -> bool {
+#[must_use]
+pub fn has_spare_processor(vcpus: usize) -> bool {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     let count = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     *PROCESSORS.get_or_init(count) > vcpus
@@ -407,6 +408,9 @@ impl VcpuThread {
     pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
         self.with_stopped(|slot| {
             let Phase::Parked(running) = &mut slot.phase else { unreachable!("a stopped vcpu is parked") };
+            if running.open_call.is_some() {
+                running.vcpu.note_awake();
+            }
             running.vcpu.set(state)?;
             running.forget_exit();
             slot.ended = false;

@@ -13,15 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_DISABLE_EXITS, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KVM_X86_DISABLE_EXITS_HLT, kvm_clock_data, kvm_enable_cap,
-    kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, KVM_X86_DISABLE_EXITS_HLT,
+    kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_mp_state, kvm_msi, kvm_pit_config, kvm_pit_state2,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::error::KvmError;
 use super::host::Kvm;
-use super::state::{StateLayout, VcpuState};
+use super::state::{Known, StateLayout, VcpuState};
 use super::vcpu::monotonic_ns;
 use crate::words::{Gpa, wide};
 
@@ -132,8 +133,7 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: usize,
     pub(super) layout: Arc<StateLayout>,
-    /// Its state, where that is known without asking: it has not run since it was made.
-    known: Mutex<Option<Box<VcpuState>>>,
+    known: Mutex<Known>,
 }
 
 impl Vcpu {
@@ -162,16 +162,24 @@ impl Vcpu {
     /// As [`VcpuState::save`].
     pub fn remember(&self) -> Result<(), KvmError> {
         let state = self.save()?;
-        *self.known() = Some(Box::new(state));
+        let (tsc_khz, mp_state) = (Some(state.tsc_khz), Some(state.mp_state));
+        *self.known() = Known { all: Some(Box::new(state)), tsc_khz, mp_state };
         Ok(())
     }
 
-    /// It is about to run: nothing is known of it any more.
+    /// It is about to run: little is known of it any more.
     pub(super) fn forget(&self) {
-        *self.known() = None;
+        let mut known = self.known();
+        known.all = None;
+        known.mp_state = None;
     }
 
-    fn known(&self) -> MutexGuard<'_, Option<Box<VcpuState>>> {
+    /// It stands behind an instruction that it has just executed: it is neither halted nor unstarted.
+    pub(super) fn note_awake(&self) {
+        self.known().mp_state = Some(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -188,8 +196,10 @@ impl Vcpu {
     /// # Errors
     /// As [`VcpuState::set`].
     pub fn set(&self, state: &VcpuState) -> Result<(), KvmError> {
-        let known = self.known().take();
-        state.set(&self.fd, &self.layout, known.as_deref())
+        let known = std::mem::take(&mut *self.known());
+        state.set(&self.fd, &self.layout, &known)?;
+        self.known().tsc_khz = Some(state.tsc_khz);
+        Ok(())
     }
 }
 
@@ -328,6 +338,18 @@ impl Vm {
     /// # Errors
     /// The ioctl that failed, or the state is that of another irqchip.
     pub fn set(&self, state: &VmState) -> Result<(), KvmError> {
+        self.set_devices(state)?;
+        let since_ns = monotonic_ns().saturating_sub(state.saved_at_ns);
+        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(since_ns), ..Default::default() };
+        KvmError::call("KVM_SET_CLOCK", || self.fd.set_clock(&clock))
+    }
+
+    /// As [`set`](Self::set), of a VM whose clock was set to this state's before, and has gone on by itself
+    /// since.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_devices(&self, state: &VmState) -> Result<(), KvmError> {
         let operation = "setting this state";
         match (&state.devices, self.irqchip) {
             (None, Irqchip::Split) => {}
@@ -344,9 +366,7 @@ impl Vm {
                 return Err(KvmError::WrongIrqchip { operation, needed: "full" });
             }
         }
-        let since_ns = monotonic_ns().saturating_sub(state.saved_at_ns);
-        let clock = kvm_clock_data { clock: state.clock_ns.saturating_add(since_ns), ..Default::default() };
-        KvmError::call("KVM_SET_CLOCK", || self.fd.set_clock(&clock))
+        Ok(())
     }
 }
 

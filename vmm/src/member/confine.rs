@@ -179,8 +179,10 @@ const THREAD_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID;
 
+/// The bit of `O_TMPFILE` that is not `O_DIRECTORY`'s.
+const TEMPORARY: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 /// Flags of `open` that change something.
-const CHANGING: i32 = libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND | libc::O_TMPFILE;
+const CHANGING: i32 = libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND | TEMPORARY;
 /// `O_LARGEFILE` of the kernel, which says nothing here; the C library has it as 0.
 const LARGE_FILE: i32 = 0x8000;
 /// How members create files of the arena.

@@ -294,7 +294,10 @@ impl Member {
         let bus = self.bus(&memory.space, &backing, Some(&snapshot))?;
         // The fault readers run before vCPU state is set: setting some of it touches memory.
         self.begin(vm, memory, (backing, extents), bus, true)?;
-        self.set_state(&snapshot)?;
+        if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
+            kvm.set(state)?;
+        }
+        self.set_vcpus(&snapshot)?;
         let at = if is_paused {
             self.held = Some(self.gate.hold());
             monotonic_ns()
@@ -307,12 +310,9 @@ impl Member {
         Ok((Reply::Running { at, window_ns }, Vec::new()))
     }
 
-    /// Makes the VM and its vCPUs, which are stopped and about to be resumed, what they were at a cut.
-    pub(super) fn set_state(&self, snapshot: &Snapshot) -> Result<(), MemberError> {
+    /// Makes the vCPUs, which are stopped and about to be resumed, what they were at a cut: after the VM.
+    pub(super) fn set_vcpus(&self, snapshot: &Snapshot) -> Result<(), MemberError> {
         rouse_all(&self.vcpus);
-        if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
-            kvm.set(state)?;
-        }
         for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
             vcpu.set(state)?;
         }

@@ -19,7 +19,7 @@ use crate::devices::bus::{Bus, Claim};
 use crate::family::VmId;
 use crate::ipc::{Channel, IpcError};
 use crate::kvm::kick::{StopSignal, Woken};
-use crate::kvm::vcpu::monotonic_ns;
+use crate::kvm::vcpu::{has_spare_processor, monotonic_ns};
 use crate::kvm::{CallOutcome, CallRegisters, End, Flow, HostDescription, Machine};
 use crate::space::Space;
 use crate::window::Window;
@@ -296,6 +296,9 @@ impl Machine for MemberMachine {
             }
             call::RESET => {
                 self.reset_asked.ring(vcpu);
+                if has_spare_processor(self.mailboxes.len()) {
+                    stop.look();
+                }
                 self.await_reset(vcpu, registers, stop)
             }
             call::NEXT => self.next_order(vcpu, registers, stop),

@@ -124,7 +124,11 @@ impl Member {
         let live = self.machine.role().map_err(MemberError::Protocol)?;
         *live.bus.write().unwrap_or_else(PoisonError::into_inner) = bus;
         self.machine.begin_again();
-        self.set_state(&snapshot)?;
+        if let (Some(kvm), Some(state)) = (&self.vm, &snapshot.vm) {
+            // no failure point: each of its calls has one
+            kvm.set_devices(state)?;
+        }
+        self.set_vcpus(&snapshot)?;
         times.set = monotonic_ns();
         self.prepared = None;
         self.held = None;
