@@ -12,9 +12,9 @@ use salp::keeper::observe::Observer;
 use salp::keeper::spec::{CloneSpec, ForkSpec};
 use salp::keeper::{Colony, ColonyConfig, ColonyError};
 use salp::member::messages::{GuestKind, HowEnded, Order, PuppetOrder};
-use salp::words::MemoryShape;
+use salp::words::{Gpa, MemoryShape};
 use salp_protocol::identity::{DATA_BYTES, MAGIC, SEED_BYTES, register};
-use salp_protocol::{call, order};
+use salp_protocol::{call, layout, order};
 use salp_tests::both_guests;
 use salp_tests::procs::salp_binary;
 use salp_tests::row::{FULL, NEW, OLD, write_memory};
@@ -167,6 +167,7 @@ fn a_clone_begins_paused(test: &str, guest: GuestKind) {
     assert!(!world.colony.is_paused(running).expect("it is there"));
     world.await_puppets(running);
     world.expect(running, FULL.gfn(1).gpa(), OLD);
+    world.check();
     // It can be forked as it stands, and its clone runs.
     let grandchild = world.fork(first);
     assert_eq!(who(&world, grandchild).generation, 2);
@@ -223,6 +224,36 @@ fn the_interrupt_comes_before_the_clone_goes_on() {
         );
     }
     world.end_all();
+}
+
+/// By loads and stores of every kind, those too that reach into the pages beside it.
+#[test]
+fn a_guest_cannot_change_who_it_is() {
+    let Some(world) = World::new("a_guest_cannot_change_who_it_is", GuestKind::Kvm, &Setup::default()) else {
+        return;
+    };
+    let root = world.root();
+    let page = layout::IDENTITY_REGISTERS;
+    let first = who(&world, root);
+    let fill = |at, byte, count| {
+        let order = PuppetOrder { order: order::FILL, a: at, b: byte, c: count, d: 0 };
+        assert_eq!(world.order(root, 0, order), 0);
+    };
+    fill(page, 0xff, 4096);
+    for offset in
+        [1, register::GENERATION, register::INDEX - 4, register::READY + 1, register::SEED, 4088, 4093]
+    {
+        world.store(root, Gpa(page + offset), u64::MAX);
+    }
+    assert_eq!(who(&world, root), first);
+    assert_eq!(read(&world, root, register::READY), u64::MAX, "nothing of that was the generation");
+    assert_eq!(read(&world, root, register::INTERRUPT), 0);
+    let beside = |offset| world.load(root, Gpa(page.wrapping_add_signed(offset))).to_le_bytes();
+    assert_eq!(beside(3), *b"p-id1\0\0\0");
+    // Half of it is the DMA engine's, or nobody's.
+    assert_eq!(beside(-4)[4..], *b"salp");
+    assert_eq!(beside(4092), [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+    world.finish();
 }
 
 fn small_colony(guest: GuestKind, members: u32) -> Colony {
