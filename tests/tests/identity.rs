@@ -2,20 +2,25 @@
 //! paused, some that cannot be had.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use salp::devices::identity::IdentityError;
 use salp::family::VmId;
 use salp::keeper::fork::Forked;
+use salp::keeper::member_handle::MemberState;
 use salp::keeper::observe::Observer;
 use salp::keeper::spec::{CloneSpec, ForkSpec};
 use salp::keeper::{Colony, ColonyConfig, ColonyError};
+use salp::kvm::Irqchip;
 use salp::member::messages::{GuestKind, HowEnded, Order, PuppetOrder};
 use salp::words::{Gpa, MemoryShape};
 use salp_protocol::identity::{DATA_BYTES, MAGIC, SEED_BYTES, register};
 use salp_protocol::{call, layout, order};
 use salp_tests::both_guests;
+use salp_tests::images::{CODE, image, pvh_note};
 use salp_tests::procs::salp_binary;
 use salp_tests::row::{FULL, NEW, OLD, write_memory};
 use salp_tests::world::{LIMIT, Setup, World, can_run};
@@ -224,6 +229,50 @@ fn the_interrupt_comes_before_the_clone_goes_on() {
         );
     }
     world.end_all();
+}
+
+/// 32-bit code: enables the device's interrupt, says "." and looks until it is another VM; then ends with
+/// what the first interrupt controller is asked for.
+const ENDS_WITH_REQUESTS: &[u8] = &[
+    0xb8, 0x00, 0x01, 0x00, 0x00, // mov eax, 0x100
+    0xa3, 0x28, 0x10, 0x00, 0xd0, // mov [0xd0001028], eax
+    0xba, 0xf8, 0x03, 0x00, 0x00, // mov edx, 0x3f8
+    0xb0, 0x2e, // mov al, '.'
+    0xee, // out dx, al
+    0xa1, 0x08, 0x10, 0x00, 0xd0, // look: mov eax, [0xd0001008]
+    0x85, 0xc0, // test eax, eax
+    0x74, 0xf7, // jz look
+    0xe4, 0x20, // in al, 0x20
+    0xe6, 0xf4, // out 0xf4, al
+    0xf4, // hlt
+];
+
+/// Other kernels get the interrupt on a pin.
+#[test]
+fn the_interrupt_of_other_kernels_is_pin_5() {
+    if !can_run("the_interrupt_of_other_kernels_is_pin_5", GuestKind::Kvm) {
+        return;
+    }
+    let mut config = ColonyConfig::new(MemoryShape::new(16 << 20).expect("whole leaves"));
+    config.irqchip = Irqchip::Full;
+    config.program = Some(salp_binary());
+    let colony = Colony::new(config).expect("a colony");
+    let kernel = File::from(memfd_create("salp-test-image", MemfdFlags::CLOEXEC).expect("a memfd"));
+    let entry = u32::try_from(CODE).expect("in the first MiB");
+    let code = image(ENDS_WITH_REQUESTS, CODE, &pvh_note(entry));
+    rustix::io::pwrite(&kernel, &code, 0).expect("room for an image");
+    let root = colony.boot_image_as(Some("other"), &kernel, None, "").expect("an image that boots");
+    let looks = |state: &mut MemberState| state.console.contains(&b'.').then_some(());
+    colony.member(root).expect("it is there").wait_for(LIMIT, looks).expect("it looks");
+    let clone = colony.fork(root, 1).expect("a fork").clones[0].vm;
+    for _ in 0..2 {
+        let member = colony.member(clone).expect("it is there");
+        let (status, text) = member.wait_for(LIMIT, |state| state.ended.clone()).expect("it ends");
+        let requests = status.unwrap_or_else(|| panic!("{text}"));
+        assert!(requests & 1 << 5 != 0, "requests {requests:#x}");
+        colony.reset(clone).expect("it is a clone");
+    }
+    assert!(colony.member(root).expect("it is there").state().ended.is_none(), "a source stays who it is");
 }
 
 /// By loads and stores of every kind, those too that reach into the pages beside it.
