@@ -21,7 +21,7 @@ use salp_protocol::identity::{DATA_BYTES, MAGIC, SEED_BYTES, register};
 use salp_protocol::{call, layout, order};
 use salp_tests::both_guests;
 use salp_tests::images::{CODE, image, pvh_note};
-use salp_tests::procs::salp_binary;
+use salp_tests::procs::{entries, salp_binary};
 use salp_tests::row::{FULL, NEW, OLD, write_memory};
 use salp_tests::world::{LIMIT, Setup, World, can_run};
 
@@ -153,6 +153,13 @@ fn a_guest_says_that_it_is_ready(test: &str, guest: GuestKind) {
     world.finish();
 }
 
+/// Whether a VM's process has a thread that is its guest.
+fn has_guest_thread(world: &World, vm: VmId) -> bool {
+    let tasks = format!("/proc/{}/task", world.member(vm).process());
+    let name = |task: &String| std::fs::read_to_string(format!("{tasks}/{task}/comm")).unwrap_or_default();
+    entries(&tasks).iter().any(|task| name(task).trim_end() == "guest")
+}
+
 fn a_clone_begins_paused(test: &str, guest: GuestKind) {
     let Some(world) = World::new(test, guest, &Setup::default()) else { return };
     let root = world.root();
@@ -166,10 +173,12 @@ fn a_clone_begins_paused(test: &str, guest: GuestKind) {
         assert!(world.colony.is_paused(vm).expect("it is there"));
         let entries = world.describe(vm).vcpus.iter().filter(|times| times.entered_ns != 0).count();
         assert_eq!(entries, 0, "{vm} has been in the guest");
+        assert!(!has_guest_thread(&world, vm), "{vm} has been started");
     }
     let error = world.colony.wait_ready(first, Duration::from_millis(10)).expect_err("it does not run");
     assert!(error.to_string().contains("it is paused"), "{error}");
     assert!(!world.colony.is_paused(running).expect("it is there"));
+    assert_eq!(has_guest_thread(&world, running), guest == GuestKind::Thread);
     world.await_puppets(running);
     world.expect(running, FULL.gfn(1).gpa(), OLD);
     world.check();

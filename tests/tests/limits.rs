@@ -1,8 +1,9 @@
 //! Limits of a colony: what they refuse, before anything has changed, and what they say.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use salp::arena_files::ArenaKind;
 use salp::family::VmId;
 use salp::keeper::limits::{LimitError, Limits};
@@ -76,29 +77,36 @@ fn vcpus_are_counted() {
     assert!(error.to_string().contains("--max-cpus"), "{error}");
 }
 
-/// However many ask at the same time.
+/// However many VMs are forked at the same time.
 #[test]
 fn forks_at_the_same_time_do_not_exceed_a_limit_together() {
     let test = "forks_at_the_same_time_do_not_exceed_a_limit_together";
-    let limits = Limits { vms: Some(7), ..Limits::default() };
+    let limits = Limits { vms: Some(12), ..Limits::default() };
     let Some((colony, root)) = colony(test, 1, limits) else { return };
+    let others = colony.fork(root, 3).expect("there is room").clones;
+    let sources: Vec<_> = others.iter().map(|clone| clone.vm).chain([root]).collect();
     let (made, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let fork = || match colony.fork_as(root, &clones(2)) {
-        Ok(forked) => {
-            made.fetch_add(forked.clones.len(), Ordering::Relaxed);
-            refused.fetch_add(forked.missing.len(), Ordering::Relaxed);
+    let begin = Barrier::new(sources.len());
+    let fork = |vm| {
+        begin.wait();
+        match colony.fork_as(vm, &clones(4)) {
+            Ok(forked) => {
+                made.fetch_add(forked.clones.len(), Ordering::Relaxed);
+                refused.fetch_add(forked.missing.len(), Ordering::Relaxed);
+            }
+            Err(ColonyError::Limit(_)) => {
+                refused.fetch_add(4, Ordering::Relaxed);
+            }
+            Err(error) => panic!("{error}"),
         }
-        Err(ColonyError::Limit(_)) => {
-            refused.fetch_add(2, Ordering::Relaxed);
-        }
-        Err(error) => panic!("{error}"),
     };
     std::thread::scope(|scope| {
-        (0..5).for_each(|_| {
-            scope.spawn(fork);
-        });
+        for vm in sources {
+            let fork = &fork;
+            scope.spawn(move || fork(vm));
+        }
     });
-    assert_eq!((made.into_inner(), refused.into_inner(), colony.vms().len()), (6, 4, 7));
+    assert_eq!((made.into_inner(), refused.into_inner(), colony.vms().len()), (8, 8, 12));
     colony.check().expect("all adds up");
 }
 
@@ -155,8 +163,13 @@ fn a_keeper_opens_and_locks_what_its_user_may() {
     if !can_run("a_keeper_opens_and_locks_what_its_user_may", GuestKind::Thread) {
         return;
     }
+    let resources = [(Resource::Nofile, 1000), (Resource::Memlock, 1 << 20)];
+    for (resource, less) in resources {
+        let limit = getrlimit(resource);
+        setrlimit(resource, Rlimit { current: Some(less), ..limit }).expect("less than there may be");
+    }
     drop(without_vms(1, Limits::default()));
-    for resource in [Resource::Nofile, Resource::Memlock] {
+    for (resource, _) in resources {
         let limit = getrlimit(resource);
         assert_eq!(limit.current, limit.maximum, "{resource:?}");
     }

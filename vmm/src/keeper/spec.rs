@@ -37,6 +37,10 @@ pub(super) fn made_up_name(vm: VmId) -> String {
     format!("vm-{}", vm.0)
 }
 
+/// A process that is made waits for others most of the time: four at the same time take half as long as one
+/// after the other.
+const AT_ONCE: NonZero<usize> = NonZero::new(4).expect("it is 4");
+
 /// The clones that are wanted of one cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForkSpec {
@@ -63,7 +67,7 @@ impl ForkSpec {
     }
 
     fn of(clones: Vec<CloneSpec>, is_all_or_none: bool) -> Self {
-        Self { clones, at_once: NonZero::<usize>::MIN, is_all_or_none }
+        Self { clones, at_once: AT_ONCE, is_all_or_none }
     }
 
     /// Nothing in it can be refused by a clone later.
