@@ -321,6 +321,8 @@ impl Shared {
         }
         let mut members: Vec<Had> = self.take_pooled(count).into_iter().map(Ok).collect();
         members.extend(self.make_members(count - members.len(), spec));
+        // Whoever made them: those that are wanted first get what there is.
+        members.sort_by_key(Had::is_err);
         if let Some(refusal) = refusal {
             members.resize_with(wanted, || Err(refusal.clone().into()));
         }
