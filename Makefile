@@ -3,9 +3,13 @@
 CARGO ?= cargo
 # Each whole-system test starts virtual machines of its own: more at once than cores only disturbs them.
 TEST_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# How long to torture or to fuzz, and what.
+T ?= 1m
+TARGET ?= kernels
 
 .DEFAULT_GOAL := help
 .PHONY: coverage miri
+.PHONY: torture fuzz
 .PHONY: help build static demo bench bench-smoke test api-check lint fmt linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
@@ -31,6 +35,17 @@ bench: build ## Measure what a clone costs, against other ways to a second VM: t
 bench-smoke: ## Check that the benchmark works: records come out and parse
 	$(CARGO) build --package salp
 	$(CARGO) test --package salp-tests --test bench_smoke -- --show-output
+
+torture: build ## Torture VMs at random and under memory pressure for T=1m
+	target/release/salp torture --time $(T)
+
+# `-s none -D` and the like in FUZZ go to cargo-fuzz. What is found is kept in tests/fuzz/artifacts, and the
+# corpus of all inputs, the committed ones included, in target/fuzz.
+fuzz: ## Fuzz TARGET=kernels|rings|accesses for T=1m (needs cargo-fuzz and a nightly toolchain)
+	mkdir -p target/fuzz/corpus/$(TARGET)
+	$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz $(FUZZ) $(TARGET) \
+		target/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET) -- \
+		-max_total_time=$$(( $$(echo $(T) | sed 's/h$$/*3600/; s/m$$/*60/; s/s$$//') )) -timeout=30 -rss_limit_mb=4096
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
 # The whole-system tests start the binary `salp` of the same profile: it is built first.

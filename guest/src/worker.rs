@@ -111,14 +111,16 @@ impl Worker {
         self.tally().errors.load(Ordering::Relaxed)
     }
 
-    /// Counts verified transfers.
-    pub(crate) fn count_transfers(&self, transfers: u64) {
+    /// Counts verified transfers of `bytes` each; the case's figure is the bytes of all.
+    pub(crate) fn count_transfers(&self, transfers: u64, bytes: u64) {
         self.tally().transfers.fetch_add(transfers, Ordering::Relaxed);
+        self.tally().figure.fetch_add(transfers * bytes, Ordering::Relaxed);
     }
 
     /// Counts transfers from 0 again: this VM is a new one.
     pub(crate) fn reset_transfers(&self) {
         self.tally().transfers.store(0, Ordering::Relaxed);
+        self.tally().figure.store(0, Ordering::Relaxed);
     }
 
     /// Sets the case's own figure; the report holds the sum over all vCPUs.

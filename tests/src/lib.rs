@@ -6,6 +6,7 @@
 //! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`failures`] | an operation, with each of its fallible steps failing once |
+//! | [`hostile`] | what a fuzzer says to devices and loaders |
 //! | [`dma`] | the DMA engine, driven by a puppet |
 //! | [`images`] | kernels of a few instructions |
 //! | [`user`] | a user of the commands |
@@ -19,6 +20,7 @@
 pub mod dma;
 #[cfg(debug_assertions)]
 pub mod failures;
+pub mod hostile;
 pub mod images;
 pub mod linux;
 pub mod procs;

@@ -26,4 +26,5 @@ pub mod keeper;
 pub mod control;
 pub mod doctor;
 pub mod bench;
+pub mod torture;
 pub mod cli;

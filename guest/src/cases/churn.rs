@@ -14,19 +14,19 @@ const BATCHES_PER_SECOND: u64 = 100;
 
 pub(super) fn run(worker: Worker, options: Options, mut supply: Supply) -> Worker {
     let pages = super::memory(options, &mut supply).share(worker.index, worker.count);
-    churn(&worker, pages, options.number("rate", 0));
+    churn(&worker, pages, options.number("rate", 0), true);
     worker
 }
 
-/// Accompanies another case on `pages` until vCPU 0 ends it.
+/// Accompanies another case on `pages` until vCPU 0 ends it; the figure is that case's.
 pub(super) fn accompany(worker: Worker, options: Options, pages: Pages) -> Worker {
     let worker = worker.unlimited();
-    churn(&worker, pages, options.number("companion_rate", 10_000));
+    churn(&worker, pages, options.number("companion_rate", 10_000), false);
     worker
 }
 
 /// Rounds are page writes.
-fn churn(worker: &Worker, pages: Pages, rate: u64) {
+fn churn(worker: &Worker, pages: Pages, rate: u64, has_figure: bool) {
     let mut memory = Summed::new(pages, worker);
     let batch = match rate {
         0 => UNLIMITED_BATCH,
@@ -43,7 +43,9 @@ fn churn(worker: &Worker, pages: Pages, rate: u64) {
                 break;
             }
         }
-        worker.set_figure(written);
+        if has_figure {
+            worker.set_figure(written);
+        }
         if !(worker.report() && more) {
             break;
         }

@@ -21,10 +21,11 @@ pub(super) enum LogFormat {
     Json,
 }
 
-/// Notes what the command line says for this process and those that it starts. To be called first of all.
-pub(super) fn choose(verbosity: u8, format: Option<LogFormat>) {
+/// Notes what the command line says for this process and those that it starts, and what else than the
+/// usual the command logs if nobody says anything. To be called first of all.
+pub(super) fn choose(verbosity: u8, format: Option<LogFormat>, unless_said: Option<&'static str>) {
     let filter = match verbosity {
-        0 => None,
+        0 => unless_said.filter(|_| env::var_os(FILTER_VARIABLE).is_none()),
         1 => Some("info"),
         2 => Some("debug"),
         _ => Some("trace"),

@@ -11,6 +11,7 @@ pub mod output;
 pub mod papers;
 pub mod run;
 pub mod size;
+pub mod torture;
 pub mod vms;
 
 use std::process::ExitCode;
@@ -79,6 +80,10 @@ enum Command {
     Console(vms::NameArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),
+    /// Fork, reset, pause and kill VMs that transfer data, at random and under memory pressure
+    ///
+    /// Exit status: 0 if everything held, 1 if not, 130 after Ctrl-C.
+    Torture(torture::TortureArguments),
     /// Check what this host has of what salp needs and profits from, and say what mends it
     ///
     /// Exit status: 0 if salp works here, be it slower than it could; 1 if something is missing.
@@ -106,7 +111,9 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return refuse(&error),
     };
-    logging::choose(arguments.global.verbose, arguments.global.log_format);
+    // What a torture does on purpose is no warning.
+    let unless_said = matches!(arguments.command, Command::Torture(_)).then_some("error");
+    logging::choose(arguments.global.verbose, arguments.global.log_format, unless_said);
     logging::start();
     let output = Output { is_quiet: arguments.global.quiet };
     match arguments.command {
@@ -120,6 +127,7 @@ pub fn main() -> ExitCode {
         Command::Stop(arguments) => end(vms::stop(&arguments)),
         Command::Console(arguments) => end(vms::console(&arguments)),
         Command::Bench(arguments) => end(bench::run(&arguments)),
+        Command::Torture(arguments) => end(torture::run(&arguments)),
         Command::Doctor(arguments) => end(doctor::run(&arguments, output)),
         Command::Completions(arguments) => end(papers::completions(&arguments, Arguments::command(), output)),
         Command::Man(arguments) => end(papers::man(&arguments, Arguments::command(), output)),

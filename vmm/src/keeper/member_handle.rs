@@ -30,7 +30,7 @@ use crate::space::PageCounts;
 pub struct MemberState {
     /// The guest's last report.
     pub progress: Progress,
-    /// How many reports there were.
+    /// How many reports there were since the guest began.
     pub reports: u64,
     /// Results of a puppet's orders that nobody has taken yet: (vCPU, result).
     pub puppet_results: Vec<(usize, u64)>,
@@ -62,6 +62,7 @@ impl MemberState {
     /// What the guest has told is past.
     fn begin_again(&mut self) {
         self.progress = Progress::default();
+        self.reports = 0;
         self.puppet_results.clear();
         self.first_exit = None;
         self.ready = None;

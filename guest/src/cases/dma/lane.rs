@@ -138,13 +138,13 @@ impl Lane {
             Stage::Write => Stage::Read,
             Stage::Read => {
                 if self.moved(self.second(), "dma read of a write", worker) {
-                    worker.count_transfers(2);
+                    worker.count_transfers(2, self.length);
                 }
                 Stage::Copy
             }
             Stage::Copy => {
                 if self.moved(self.first(), "dma copy", worker) {
-                    worker.count_transfers(1);
+                    worker.count_transfers(1, self.length);
                 }
                 return State::Resting;
             }
