@@ -144,7 +144,7 @@ fn print(arguments: &TortureArguments, report: &Report) -> Result<(), TortureCom
     Ok(writeln!(out, "after {:.0} s, seed {}: {verdict}", report.seconds, report.seed)?)
 }
 
-fn lines(summary: &Summary) -> [(&'static str, String); 17] {
+fn lines(summary: &Summary) -> [(&'static str, String); 18] {
     let Summary { forks, clones, failed_forks, .. } = summary;
     [
         ("rounds", summary.rounds.to_string()),
@@ -156,6 +156,7 @@ fn lines(summary: &Summary) -> [(&'static str, String); 17] {
         ("resets", summary.resets.to_string()),
         ("pauses", summary.pauses.to_string()),
         ("vms killed", summary.kills.to_string()),
+        ("vms killed by the host", summary.host_kills.to_string()),
         ("images of ended vms killed", summary.image_kills.to_string()),
         ("vms told of lost pages", summary.told_of_loss.to_string()),
         ("vms that verified everything", summary.verified_vms.to_string()),

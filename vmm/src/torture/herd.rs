@@ -4,13 +4,15 @@
 //! this order: clones first, then deaths, since whoever descends from a VM that died with pages to
 //! publish may lose them; then what was refused or said.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use salp_protocol::layout;
 
+use super::pressure::Pressure;
 use super::puppet::{Model, Puppet};
 use super::script::{Act, Kind, Random, View, decide};
 use super::subject::{Finding, LIMIT, Outcome, Subject, Verdict};
@@ -39,7 +41,13 @@ pub struct Herd<'a> {
     images: BTreeMap<VmId, Image>,
     /// Who was cloned from whom: pages reach a grandchild past an ended parent.
     parents: BTreeMap<VmId, VmId>,
-    plant: Option<Plant>,
+    /// VMs in which a fault was planted.
+    spoiled: BTreeSet<VmId>,
+    /// VMs that the torture has killed in this round.
+    killed: BTreeSet<VmId>,
+    pressure: &'a Pressure,
+    /// Processes that the host had killed when the round began.
+    killed_before: u64,
     /// Descriptors of this process before there was a VM.
     descriptors: usize,
     /// What was done.
@@ -49,7 +57,7 @@ pub struct Herd<'a> {
 impl<'a> Herd<'a> {
     /// A family of nobody, in a colony whose pool is full.
     #[must_use]
-    pub fn new(plan: &'a Plan<'a>, colony: &'a Colony) -> Self {
+    pub fn new(plan: &'a Plan<'a>, colony: &'a Colony, pressure: &'a Pressure) -> Self {
         Self {
             plan,
             colony,
@@ -57,7 +65,10 @@ impl<'a> Herd<'a> {
             subjects: BTreeMap::new(),
             images: BTreeMap::new(),
             parents: BTreeMap::new(),
-            plant: plan.plant,
+            spoiled: BTreeSet::new(),
+            killed: BTreeSet::new(),
+            pressure,
+            killed_before: pressure.look().killed,
             descriptors: descriptors(),
             summary: Summary::default(),
         }
@@ -68,6 +79,7 @@ impl<'a> Herd<'a> {
     /// # Errors
     /// What does not hold.
     pub fn round(&mut self) -> Result<(), Finding> {
+        self.killed_before = self.pressure.look().killed;
         if self.subjects.is_empty() {
             self.boot()?;
         }
@@ -78,6 +90,7 @@ impl<'a> Herd<'a> {
         let outcomes = self.perform(&acts);
         self.book_clones(&outcomes)?;
         self.book_deaths(&acts);
+        self.book_host_kills();
         for (vm, act, outcome) in outcomes {
             self.book(vm, act, outcome)?;
         }
@@ -101,7 +114,11 @@ impl<'a> Herd<'a> {
     }
 
     fn boot(&mut self) -> Result<(), Finding> {
-        let vm = self.colony.boot(&self.command_line()).map_err(|error| Finding(error.to_string()))?;
+        let vm = match self.colony.boot(&self.command_line()) {
+            Ok(vm) => vm,
+            Err(_) if self.has_host_killed() => return Ok(()),
+            Err(error) => return Err(Finding(error.to_string())),
+        };
         let member = self.member(vm)?;
         let model = (self.plan.guest == GuestKind::Thread).then(|| Model::new(self.plan.memory));
         let mut subject = Subject {
@@ -181,7 +198,10 @@ impl<'a> Herd<'a> {
         self.summary.deepest_chain = self.summary.deepest_chain.max(depth);
         for clone in &forked.clones {
             let (vm, origin) = (clone.vm, model.clone());
-            let member = self.member(vm)?;
+            let member = match self.member(vm) {
+                Err(_) if self.has_host_killed() => continue,
+                member => member?,
+            };
             let (cuts, model) = (Vec::new(), model.clone());
             let subject = Subject { vm, member, depth, may_lose, is_paused: false, cuts, model, origin };
             self.subjects.insert(vm, subject);
@@ -193,6 +213,7 @@ impl<'a> Herd<'a> {
 
     /// Whoever descends from a VM that was killed before it had published everything may lose pages.
     fn book_deaths(&mut self, acts: &[(VmId, Act)]) {
+        self.killed.clear();
         for (vm, act) in acts {
             let is_killed = matches!(act, Act::Kill(_) | Act::Fork { kill_after: Some(_), .. });
             let has_published_all = match (self.subjects.get(vm), self.images.remove(vm)) {
@@ -200,6 +221,7 @@ impl<'a> Herd<'a> {
                     // Its last words are heard.
                     subject.member.wait_end();
                     self.summary.kills += 1;
+                    self.killed.insert(*vm);
                     // What a fork had begun that did not come to its clones is nobody's.
                     subject.has_published_all()
                 }
@@ -225,6 +247,29 @@ impl<'a> Herd<'a> {
             }
             subject.may_lose |= ancestor.is_some();
         }
+    }
+
+    /// Whether the host has killed a process since the round began: it may have been any.
+    fn has_host_killed(&self) -> bool {
+        self.pressure.look().killed > self.killed_before
+    }
+
+    /// VMs that the host has killed at the memory limit are dead like others.
+    fn book_host_kills(&mut self) {
+        if !self.has_host_killed() {
+            return;
+        }
+        let dead = |subject: &&Subject| !subject.member.is_alive() && !self.killed.contains(&subject.vm);
+        let dead: Vec<_> = self.subjects.values().filter(dead).map(|subject| subject.vm).collect();
+        for vm in dead {
+            self.summary.host_kills += 1;
+            self.book_loss(vm);
+            self.bank(vm);
+            self.subjects.remove(&vm);
+        }
+        let gone: Vec<_> = self.images.iter().filter(|(_, image)| !image.member.is_alive()).collect();
+        let gone: Vec<_> = gone.into_iter().map(|(vm, _)| *vm).collect();
+        gone.into_iter().for_each(|vm| self.book_loss(vm));
     }
 
     /// Books what an act came to.
@@ -254,6 +299,9 @@ impl<'a> Herd<'a> {
                     self.judge(vm, Verdict::Told)?;
                 }
             }
+            // Its clone, or one that was to be it, may have been killed by the host.
+            Outcome::Refused(error)
+                if !matches!(*error, ColonyError::Silent { .. }) && self.has_host_killed() => {}
             Outcome::Refused(error) => return Err(self.finding(vm, &format!("{act:?}: {error}"))),
         }
         if is_killed {
@@ -265,7 +313,9 @@ impl<'a> Herd<'a> {
 
     /// Books what a VM says.
     fn judge(&mut self, vm: VmId, verdict: Verdict) -> Result<(), Finding> {
+        self.book_host_kills();
         match verdict {
+            _ if !self.subjects.contains_key(&vm) => Ok(()),
             Verdict::Fine => Ok(()),
             Verdict::Told if self.subjects.get(&vm).is_some_and(|subject| subject.may_lose) => {
                 self.summary.told_of_loss += 1;
@@ -322,9 +372,14 @@ impl<'a> Herd<'a> {
     /// # Errors
     /// What does not hold.
     pub fn check(&mut self) -> Result<(), Finding> {
-        let checked = self.colony.check().map_err(|error| Finding(error.to_string()))?;
-        self.summary.checks += 1;
-        self.summary.pages_compared += checked.pages_compared;
+        match self.colony.check() {
+            Ok(checked) => {
+                self.summary.checks += 1;
+                self.summary.pages_compared += checked.pages_compared;
+            }
+            Err(ColonyError::Died(_)) if self.has_host_killed() => self.book_host_kills(),
+            Err(error) => return Err(Finding(error.to_string())),
+        }
         let mut said = Vec::new();
         for subject in self.subjects.values().filter(|subject| !subject.is_paused && subject.model.is_none())
         {
@@ -401,20 +456,32 @@ impl<'a> Herd<'a> {
         Finding(said)
     }
 
-    /// Plants the fault that was asked for, once there is a clone.
+    /// Plants the fault that was asked for, once in each VM: one that dies does not find it.
     fn spoil(&mut self) -> Result<(), Finding> {
-        let clone = self.subjects.values().find(|subject| subject.depth > 0 && !subject.may_lose);
-        if let (Some(Plant::Bit), Some(subject)) = (self.plant, clone) {
-            self.turn_bit(subject).map_err(|error| Finding(format!("no fault could be planted: {error}")))?;
-            self.plant = None;
+        if self.plan.plant != Some(Plant::Bit) {
+            return Ok(());
         }
+        let mut spoiled = std::mem::take(&mut self.spoiled);
+        for subject in self.subjects.values().filter(|subject| !spoiled.contains(&subject.vm)) {
+            match self.turn_bit(subject) {
+                Ok(()) => {
+                    spoiled.insert(subject.vm);
+                    break;
+                }
+                // A page that traps still: another time.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {}
+                Err(error) => return Err(Finding(format!("no fault could be planted: {error}"))),
+            }
+        }
+        self.spoiled = spoiled;
         Ok(())
     }
 
     /// Turns a bit over in a page that the guest checks.
-    fn turn_bit(&self, subject: &Subject) -> Result<(), Box<dyn std::error::Error>> {
-        let Reply::Describe(description) = self.colony.ask(subject.vm, Order::Describe)? else {
-            return Err("it does not describe itself".into());
+    fn turn_bit(&self, subject: &Subject) -> io::Result<()> {
+        let description = match self.colony.ask(subject.vm, Order::Describe) {
+            Ok(Reply::Describe(description)) => description,
+            other => return Err(io::Error::other(format!("{other:?}"))),
         };
         // The first tracked page of a puppet, and among the written pages of the built-in guest.
         let address = description.window + layout::FREE + wide(LEAF_BYTES);

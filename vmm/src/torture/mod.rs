@@ -12,8 +12,8 @@
 //! # What must hold
 //! - Under KVM each guest checks its own memory by checksums and each transfer by what it moved (the
 //!   `dma` case). A thread guest's memory and disk are compared with a model.
-//! - A VM may be told that pages are lost only if one that it descends from was killed before it had
-//!   published all that its clones need. Nobody ever reads a wrong byte, and nobody hangs.
+//! - A VM may be told that pages are lost only if one that it descends from was killed, by the torture or
+//!   by the host at the memory limit, before it had published all that its clones need. Nobody ever reads a wrong byte, and nobody hangs.
 //! - The whole-state checker holds, again and again, and every VM that should run gives word after it.
 //! - At the end nothing is left: VMs, processes, tables, memory of the arena, descriptors.
 //!
@@ -22,7 +22,8 @@
 //! # Known holes
 //! What is done at the same time, and the moments of kills, are decided by the seed; what meets what is
 //! up to the host. A limit is set where there is swap only, unless it is asked for: without swap a host
-//! kills what it cannot page out.
+//! kills what it cannot page out. With swap it may do so too, where much is pinned: that is counted; a
+//! process that dies in the same round by a fault of salp's own is then taken for its victim.
 
 pub mod herd;
 pub mod pressure;
@@ -100,6 +101,8 @@ pub struct Summary {
     pub kills: u64,
     /// Processes of ended VMs that others still needed, killed.
     pub image_kills: u64,
+    /// VMs whose process the host killed at the memory limit.
+    pub host_kills: u64,
     /// VMs told that pages of theirs are lost.
     pub told_of_loss: u64,
     /// VMs that verified all of their memory and ended.
@@ -178,7 +181,7 @@ pub fn run(plan: &Plan<'_>, pressure: &Pressure) -> Result<Report, TortureError>
     let colony = Colony::new(config)?;
     colony.warm()?;
     let begun = Instant::now();
-    let mut herd = Herd::new(plan, &colony);
+    let mut herd = Herd::new(plan, &colony, pressure);
     let result = live(plan, &mut herd, pressure, begun);
     let (mut summary, is_interrupted) = herd.end();
     note_pressure(&mut summary, pressure.look());
