@@ -9,13 +9,14 @@ use std::sync::Arc;
 use salp::devices::bus::{Bus, Claim};
 use salp::devices::exit::ExitPort;
 use salp::devices::gate::CompletionGate;
+use salp::devices::identity::{Identity, IdentityDevice, IdentityInterrupt, IdentityState};
 use salp::devices::serial::SerialPort;
 use salp::words::Gpa;
 use salp_protocol::{layout, port};
 
 use super::bytes::Bytes;
 use super::memory::CanaryRam;
-use super::rings::engine;
+use super::rings::{DeadLine, engine};
 
 const PAGES: usize = 16;
 /// The most accesses of one input.
@@ -28,10 +29,14 @@ const STEPS: usize = 1000;
 pub fn accesses(input: &[u8]) {
     let ram = Arc::new(CanaryRam::new(PAGES));
     let gate = CompletionGate::new();
+    let who = Identity { name: "a".to_owned(), ..Identity::default() };
+    let wire = IdentityInterrupt { line: Arc::new(DeadLine), pin: None };
+    let identity = IdentityDevice::new(&who, IdentityState::default(), wire, Box::new(|_| ()));
     let bus = Bus {
         serial: SerialPort::new(Box::new(io::sink()), None, Arc::clone(&gate)),
         exit: ExitPort::new(),
         dma: Some(engine(&ram, Arc::clone(&gate))),
+        identity: identity.expect("a device"),
     };
     let mut bytes = Bytes::new(input);
     for _ in 0..STEPS {

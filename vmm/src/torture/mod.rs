@@ -13,7 +13,8 @@
 //! - Under KVM each guest checks its own memory by checksums and each transfer by what it moved (the
 //!   `dma` case). A thread guest's memory and disk are compared with a model.
 //! - A VM may be told that pages are lost only if one that it descends from was killed, by the torture or
-//!   by the host at the memory limit, before it had published all that its clones need. Nobody ever reads a wrong byte, and nobody hangs.
+//!   by the host at the memory limit, before it had published all that its clones need. Nobody ever reads
+//!   a wrong byte, and nobody hangs.
 //! - The whole-state checker holds, again and again, and every VM that should run gives word after it.
 //! - At the end nothing is left: VMs, processes, tables, memory of the arena, descriptors.
 //!
