@@ -83,7 +83,8 @@ class Colony:
         self.place = tempfile.TemporaryDirectory()
         self.environment = {**os.environ, "TMPDIR": self.place.name}
         self.environment.pop("XDG_RUNTIME_DIR", None)
-        self.run("run", "--detach", "--memory", "32M", "--name", "a", "--cmdline", "case=puppet")
+        size = ["--memory", "32M", "--max-vms", "40"]
+        self.run("run", "--detach", *size, "--name", "a", "--cmdline", "case=puppet")
         self.run("fork", "a", "--name", "b")
         self.url = f"http://127.0.0.1:{bridge(next(pathlib.Path(self.place.name).glob('salp-*/*.sock')))}"
 

@@ -191,7 +191,7 @@ fn what_is_wrong_is_told_as_a_problem() {
     let api = Api::of(&user, "a");
     let large = user.file("large", &vec![b' '; 2 << 20]);
     let (fork, large) = ("/v1/vms/a/fork", format!("@{large}"));
-    let cases: [(&str, &[&str], u64, &str); 16] = [
+    let cases: [(&str, &[&str], u64, &str); 17] = [
         ("/nowhere", &[], 404, "unknown-path"),
         ("/v1/vms/b", &[], 404, "unknown-vm"),
         ("/v1/vms/b/memory", &[], 404, "unknown-vm"),
@@ -201,6 +201,7 @@ fn what_is_wrong_is_told_as_a_problem() {
         (fork, &["--data", r#"{"count":"#], 400, "bad-request"),
         (fork, &["--data", r#"{"counts": 1}"#], 422, "bad-fields"),
         (fork, &["--data", r#"{"count": "many"}"#], 422, "bad-fields"),
+        (fork, &["--data", "[2, null]"], 422, "bad-fields"),
         (fork, &["--data", r#"{"count": 0}"#], 422, "bad-count"),
         (fork, &["--data", r#"{"count": 65}"#], 422, "bad-count"),
         (fork, &["--data", r#"{"name": "a b"}"#], 422, "bad-name"),

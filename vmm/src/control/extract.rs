@@ -12,6 +12,7 @@ use hyper::body::Body as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
+use serde_json::{Map, Value};
 use utoipa::IntoParams;
 
 use super::error::{ControlError, Problem};
@@ -76,8 +77,7 @@ impl<S: Send + Sync> FromRequest<S> for Input {
     }
 }
 
-/// A body in JSON, whatever its media type is said to be; `null` or none at all is an object without
-/// fields.
+/// A body in JSON, whatever its media type is said to be; none at all is an object without fields.
 pub(super) struct Fields<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Fields<T> {
@@ -85,12 +85,17 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Fields<T> {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         let body = read(request.into_body()).await?;
-        let body = if body.is_empty() || &*body == b"null" { b"{}" } else { &*body };
-        let fields = serde_json::from_slice(body).map_err(|error| match error.classify() {
-            Category::Data => ControlError::Meaningless(error.to_string()),
-            Category::Syntax | Category::Eof | Category::Io => ControlError::Malformed(error.to_string()),
-        });
-        Ok(Self(fields?))
+        let body = if body.is_empty() { b"{}" } else { &*body };
+        let object: Map<String, Value> = serde_json::from_slice(body).map_err(refusal)?;
+        let fields = T::deserialize(Value::Object(object)).map_err(refusal)?;
+        Ok(Self(fields))
+    }
+}
+
+fn refusal(error: serde_json::Error) -> ControlError {
+    match error.classify() {
+        Category::Data => ControlError::Meaningless(error.to_string()),
+        Category::Syntax | Category::Eof | Category::Io => ControlError::Malformed(error.to_string()),
     }
 }
 
