@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Cut, Family, FamilyError, Sweep, VmId, retain_in};
+use super::{Cut, Family, FamilyError, Sweep, Vm, VmId, retain_in};
 use crate::board::{CutArea, LeafMap, LeafWord};
 use crate::frames::{BlockId, CutId, Frames};
 use crate::plants::{Plant, is_planted};
@@ -228,8 +228,11 @@ impl Family {
     /// clones are gone needs no frame of what it had published for them.
     fn trim_owned(&mut self) {
         let board = self.board.clone();
-        let roots: Vec<(VmId, Entry, u32)> =
-            self.vms.iter().map(|(vm, known)| (*vm, known.root, known.slot)).collect();
+        // A clone that returns to its cut by itself looks there through its root: what its window has of
+        // its own now it may give up then. Its origin keeps those frames anyway.
+        let returns = |known: &Vm| known.origin.is_some() && known.is_at_origin;
+        let roots = self.vms.iter().filter(|(_, known)| !returns(known));
+        let roots: Vec<(VmId, Entry, u32)> = roots.map(|(vm, known)| (*vm, known.root, known.slot)).collect();
         for (vm, mut root, slot) in roots {
             let mut owned = Vec::new();
             self.tables.for_each_own(root, &mut |leaf, entry| {
