@@ -57,7 +57,15 @@ impl<H: Host> Space<H> {
                 self.host.wake(leaf)?;
             } else {
                 let is_block = matches!(self.backing(leaf), Backing::Block(_));
+                let was_registered = is_block && self.is_registered(leaf);
+                if is_block {
+                    self.set_registered(leaf, false);
+                }
                 self.host.zero(first, pages, is_block)?;
+                if was_registered {
+                    self.host.register(leaf, 1, Traps::Stores)?;
+                    self.set_registered(leaf, true);
+                }
             }
             Ok(())
         })

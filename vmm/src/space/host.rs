@@ -141,7 +141,7 @@ pub trait Host: Send + Sync {
     fn populate(&self, first: Gfn, pages: u64) -> Result<(), HostError>;
 
     /// Makes these pages zero. The leaf is neither trapped nor protected; `backing_is_block` tells
-    /// what lies under it.
+    /// what lies under it: a block's leaf is not registered any more afterwards.
     ///
     /// # Errors
     /// The host refused.

@@ -301,11 +301,7 @@ impl Host for Window {
     fn zero(&self, first: Gfn, pages: u64, backing_is_block: bool) -> Result<(), HostError> {
         let range = Self::page_span(first, pages);
         if backing_is_block {
-            // Giving the private copy back would show the block again.
-            for offset in range.step_by(PAGE_BYTES) {
-                self.memory.write(index(offset), &[0; PAGE_BYTES]);
-            }
-            return Ok(());
+            return self.zero_over_block(first, pages).map_err(failed("discarding", first.leaf()));
         }
         self.memory.discard(range).map_err(failed("discarding", first.leaf()))
     }

@@ -1,5 +1,5 @@
-//! A window's way back to its cut: pages get their bytes in place, from block files mapped beside the
-//! window; leaves trap again.
+//! Other bytes in the place of pages: zeros, where they are discarded; and a window's way back to its
+//! cut, in place from block files mapped beside the window, or by leaves that trap again.
 //!
 //! A block file stays mapped here as long as the window: only files that the VM's origin refers to
 //! are, so none is kept from going.
@@ -12,9 +12,30 @@ use super::Window;
 use super::mapping::Reservation;
 use crate::frames::CutId;
 use crate::space::{Patch, Traps};
-use crate::words::{LeafNumber, PAGE_BYTES, PageSet, index};
+use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet, index};
+
+static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 impl Window {
+    /// Puts zeros in the place of pages of a leaf that maps a block. A page of the VM's own is replaced,
+    /// not overwritten: a pipe may hold it. What is under it, the block's, must not show through
+    /// meanwhile: all first accesses to the leaf trap. That ends with it, and all other traps do.
+    pub(super) fn zero_over_block(&self, first: Gfn, pages: u64) -> io::Result<()> {
+        let range = Self::page_span(first, pages);
+        let hosts = self.hosts(first.leaf(), 1);
+        self.userfault.register(hosts.clone(), Traps::Touches)?;
+        let replaced = self.memory.discard(range.clone()).and_then(|()| {
+            let mut places = self.memory.host(range.clone()).step_by(PAGE_BYTES);
+            places.try_for_each(|place| self.userfault.copy(place, &ZEROS))
+        });
+        self.userfault.unregister(hosts)?;
+        if let Err(error) = replaced {
+            tracing::warn!(%first, %error, "discarded pages are overwritten where they are");
+            range.step_by(PAGE_BYTES).for_each(|offset| self.memory.write(index(offset), &ZEROS));
+        }
+        Ok(())
+    }
+
     /// Maps fresh anonymous memory at a leaf and registers it for first accesses. (The file that the
     /// window began over may be gone.)
     pub(super) fn trap_leaf(&self, leaf: LeafNumber) -> io::Result<()> {
