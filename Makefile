@@ -8,6 +8,7 @@ T ?= 1m
 TARGET ?= kernels
 
 .DEFAULT_GOAL := help
+.PHONY: conformance
 .PHONY: coverage miri
 .PHONY: torture fuzz
 .PHONY: help build static demo bench bench-smoke test api-check lint fmt linux-guest linux-guest-if-possible linux-figures clean
@@ -58,6 +59,18 @@ EXAMPLES ?= 50
 api-check: ## Have schemathesis make requests from the API's document
 	$(CARGO) build --package salp
 	python3 resources/api/check.py target/debug/salp target/api-check $(EXAMPLES)
+
+# The files with tests that are named after rows of the table; others may be added.
+CONFORMANCE_FILES ?= $(wildcard $(addprefix tests/tests/,rows_*.rs reset.rs failures.rs))
+
+conformance: ## Run the conformance table at all its points, and write tests/CONFORMANCE.md
+	$(CARGO) build --workspace
+	@mkdir -p target
+	@SALP_CONFORMANCE=all $(CARGO) test --package salp-tests --no-fail-fast $(patsubst tests/tests/%.rs,--test %,$(CONFORMANCE_FILES)) -- \
+		--test-threads=$(TEST_THREADS) --show-output >target/conformance.txt 2>&1 || \
+		{ grep -E '^test .*FAILED|panicked at' -A 1 target/conformance.txt; \
+		echo "a row fails: target/conformance.txt has it all"; exit 1; }
+	target/debug/conformance_table target/conformance.txt tests/CONFORMANCE.md
 
 lint: ## Check formatting and clippy's rules
 	$(CARGO) fmt --all --check

@@ -7,6 +7,10 @@
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`failures`] | an operation, with each of its fallible steps failing once |
 //! | [`hostile`] | what a fuzzer says to devices and loaders |
+//! | [`axes`] | the axes, and which points cover all pairs of their values |
+//! | [`record`] | what a test says of its row, for the table |
+//! | [`catalogue`], [`table`] | what the rows are, and the table that is made of the records |
+//! | [`swap`] | a swap file, and pages sent there |
 //! | [`dma`] | the DMA engine, driven by a puppet |
 //! | [`images`] | kernels of a few instructions |
 //! | [`user`] | a user of the commands |
@@ -17,6 +21,8 @@
 //! Every test runs with both guests, see [`both_guests`]. Whatever is waited for is an event with a
 //! time limit. A world that ends well has been checked, and has left nothing behind.
 
+pub mod axes;
+pub mod catalogue;
 pub mod dma;
 #[cfg(debug_assertions)]
 pub mod failures;
@@ -25,7 +31,10 @@ pub mod images;
 pub mod linux;
 pub mod procs;
 pub mod probe;
+pub mod record;
 pub mod row;
+pub mod swap;
+pub mod table;
 pub mod user;
 pub mod world;
 
@@ -41,13 +50,21 @@ macro_rules! both_guests {
             $(#[$attribute])*
             #[test]
             fn kvm() {
-                super::$name(concat!(stringify!($name), "::kvm"), $crate::GuestKind::Kvm);
+                $crate::record::of_test(
+                    concat!(stringify!($name), "::kvm"),
+                    $crate::GuestKind::Kvm,
+                    super::$name,
+                );
             }
 
             $(#[$attribute])*
             #[test]
             fn thread() {
-                super::$name(concat!(stringify!($name), "::thread"), $crate::GuestKind::Thread);
+                $crate::record::of_test(
+                    concat!(stringify!($name), "::thread"),
+                    $crate::GuestKind::Thread,
+                    super::$name,
+                );
             }
         }
     )*};

@@ -18,11 +18,15 @@ use salp::keeper::fork::Forked;
 use salp::keeper::member_handle::MemberHandle;
 use salp::keeper::{Colony, ColonyConfig, ColonyError};
 use salp::kvm::Kvm;
-use salp::member::messages::{Description, GuestKind, Order, Publication, PuppetOrder, Reply};
-use salp::space::{Keep, LeafReport, SpaceReport};
+use salp::member::messages::{Description, GuestKind, Order, PinHolder, Publication, PuppetOrder, Reply};
+use salp::space::{Access, Keep, LeafReport, SpaceReport};
+use salp::tables::ShareLevel;
 use salp::window::Userfault;
 use salp::words::{Gfn, Gpa, MemoryShape};
 use salp_protocol::order;
+
+use crate::axes::Point;
+use crate::record::{Outcome, report_values, value_of};
 
 /// How long anything may take: software KVM on a busy machine is slow.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -43,6 +47,10 @@ pub struct Setup {
     pub publication: Publication,
     /// Whether clones keep what they began with.
     pub is_resettable: bool,
+    /// Where forks share tables.
+    pub share_level: ShareLevel,
+    /// Room in the arena, in MiB, if not as much as is usual.
+    pub arena_mib: Option<u64>,
     /// The built-in guest's command line.
     pub command_line: String,
 }
@@ -55,6 +63,8 @@ impl Default for Setup {
             is_huge: true,
             publication: Publication { in_background: false, keep: Keep::Own, keep_later: Keep::Own },
             is_resettable: true,
+            share_level: ShareLevel::Root,
+            arena_mib: None,
             command_line: "case=puppet".to_owned(),
         }
     }
@@ -99,23 +109,27 @@ fn program() -> PathBuf {
     program
 }
 
+/// Why the host cannot run `guest`, if it cannot.
+#[must_use]
+pub fn lack(guest: GuestKind) -> Option<String> {
+    if let Err(error) = Userfault::open() {
+        return Some(error.to_string());
+    }
+    match guest {
+        GuestKind::Thread => None,
+        GuestKind::Kvm => Kvm::open().err().map(|error| error.to_string()),
+    }
+}
+
 /// Whether the host can run `guest`; if not, says what the test `test` is skipped for.
 #[must_use]
 pub fn can_run(test: &str, guest: GuestKind) -> bool {
-    if let Err(error) = Userfault::open() {
-        println!("SKIPPED: {test}: {error}");
-        return false;
+    let lack = lack(guest);
+    if let Some(reason) = &lack {
+        println!("SKIPPED: {test}: {reason}");
+        report_values(test, &value_of(guest), &Outcome::Skipped(reason.clone()));
     }
-    match guest {
-        GuestKind::Thread => true,
-        GuestKind::Kvm => match Kvm::open() {
-            Ok(_) => true,
-            Err(error) => {
-                println!("SKIPPED: {test}: {error}");
-                false
-            }
-        },
-    }
+    lack.is_none()
 }
 
 impl World {
@@ -137,6 +151,20 @@ impl World {
         })
     }
 
+    /// A world at a point of a row, whose guest the host can run.
+    #[must_use]
+    pub fn at(point: &Point, setup: Setup) -> Self {
+        let guard = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+        Self::make(point.guest, &point.setup(setup), Place::Shared { _guard: guard })
+    }
+
+    /// As [`World::at`], with no other world in this process.
+    #[must_use]
+    pub fn alone_at(point: &Point, setup: Setup) -> Self {
+        let guard = PROCESS.write().unwrap_or_else(PoisonError::into_inner);
+        Self::make(point.guest, &point.setup(setup), Place::Alone { _guard: guard })
+    }
+
     fn make(guest: GuestKind, setup: &Setup, place: Place) -> Self {
         let memory = MemoryShape::new(setup.memory_mib << 20).expect("a size that a VM can have");
         let mut config = ColonyConfig::new(memory);
@@ -145,6 +173,8 @@ impl World {
         config.is_huge = setup.is_huge;
         config.publication = setup.publication;
         config.is_resettable = setup.is_resettable;
+        config.share_level = setup.share_level;
+        config.limits.memory_bytes = setup.arena_mib.map(|mib| mib << 20);
         config.program = Some(program());
         if !setup.is_huge {
             config.arena = ArenaChoice::SmallPages;
@@ -322,10 +352,25 @@ impl World {
 
     // ---- devices ----
 
-    /// Pins pages, as a device outside does.
+    /// The living clones of each cut of a VM that was taken here, oldest cut first.
+    #[must_use]
+    pub fn clones(&self, vm: VmId) -> Vec<Vec<VmId>> {
+        let living = self.colony.vms();
+        let cuts = self.lock_cuts().get(&vm).cloned().unwrap_or_default();
+        let alive = |clones: Vec<VmId>| clones.into_iter().filter(|clone| living.contains(clone)).collect();
+        cuts.into_iter().map(|(_, clones)| alive(clones)).collect()
+    }
+
+    /// Pins pages, as a device outside does that works through the window.
     #[track_caller]
     pub fn pin(&self, vm: VmId, first: Gfn, pages: u64) {
-        self.tell(vm, Order::Pin { first, pages });
+        self.pin_for(vm, first, pages, PinHolder::Salp(Access::ReadWrite));
+    }
+
+    /// Pins pages for a device outside.
+    #[track_caller]
+    pub fn pin_for(&self, vm: VmId, first: Gfn, pages: u64, holder: PinHolder) {
+        self.tell(vm, Order::Pin { first, pages, holder });
     }
 
     /// Takes such a pin off.

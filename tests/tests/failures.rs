@@ -10,8 +10,8 @@ use salp::family::VmId;
 use salp::frames::CutId;
 use salp::keeper::ColonyError;
 use salp::keeper::member_handle::{MemberHandle, MemberState};
-use salp::member::messages::{GuestKind, Order};
-use salp::space::Keep;
+use salp::member::messages::{GuestKind, Order, PinHolder};
+use salp::space::{Access, Keep};
 use salp::words::{Gfn, Gpa, LeafNumber, PAGE_BYTES};
 use salp_protocol::dma::register;
 use salp_tests::both_guests;
@@ -349,7 +349,10 @@ impl Operation for Pin {
 
     fn act(&self, world: &World, scene: &mut Pinning) -> Result<(), ColonyError> {
         let (first, pages) = PINNED;
-        world.colony.ask(scene.vm, Order::Pin { first, pages }).map(|_| ())
+        world
+            .colony
+            .ask(scene.vm, Order::Pin { first, pages, holder: PinHolder::Salp(Access::ReadWrite) })
+            .map(|_| ())
     }
 
     fn judge(

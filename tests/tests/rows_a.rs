@@ -4,10 +4,12 @@ use salp::family::VmId;
 use salp::member::messages::{GuestKind, PuppetOrder};
 use salp::words::{Gfn, Gpa, PAGE_BYTES, PageSet};
 use salp_protocol::order;
+use salp_tests::axes::{Forced, LEVEL, MEMORY, Point};
 use salp_tests::both_guests;
 use salp_tests::probe::Holdings;
-use salp_tests::row::{ALONE, EMPTY, FULL, Forced, NEW, OLD, OTHER, Row, SPARSE, run, write_memory};
-use salp_tests::world::{Setup, World};
+use salp_tests::procs::settled;
+use salp_tests::row::{ALONE, EMPTY, FULL, NEW, OLD, OTHER, Row, SPARSE, at, attempt, run, write_memory};
+use salp_tests::world::{LIMIT, Setup, World};
 
 both_guests! {
     a1_the_source_writes;
@@ -20,11 +22,14 @@ both_guests! {
     a7_the_source_ends;
     a8_forks_leave_nothing_behind;
     a9_a_page_that_was_never_touched;
+    a11_code_in_a_page_that_it_writes;
+    a12_the_sources_page_tables_change;
+    a13_a_protection_comes_and_goes;
     a14_no_older_frame_shows_through;
 }
 
 fn a1_the_source_writes(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         row.store(row.parent, NEW);
         row.expect(row.parent, NEW);
@@ -33,7 +38,7 @@ fn a1_the_source_writes(test: &str, guest: GuestKind) {
 }
 
 fn a2_the_clone_writes(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         row.store(child, NEW);
         row.expect(row.parent, row.old);
@@ -42,7 +47,7 @@ fn a2_the_clone_writes(test: &str, guest: GuestKind) {
 }
 
 fn a3_both_write(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         row.store(row.parent, NEW);
         row.store(child, OTHER);
@@ -53,7 +58,7 @@ fn a3_both_write(test: &str, guest: GuestKind) {
 
 /// Reading makes nobody's page its own, in leaves that no guest writes for itself.
 fn a4_both_only_read(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         let written = [FULL.gfn(0), ALONE];
         let before = written.map(|gfn| row.world.leaf(row.parent, gfn).exclusive.len());
@@ -67,11 +72,14 @@ fn a4_both_only_read(test: &str, guest: GuestKind) {
             // The first touch of a leaf traps, and KVM asks for that page with the right to write.
             let mut may_be_private = PageSet::EMPTY;
             may_be_private.insert(gfn.in_leaf());
+            // A page that was the source's own over a block is a patch: it is copied.
+            may_be_private.insert(row.page.in_leaf());
             let copied = of_child.exclusive.minus(&may_be_private);
             assert!(copied.is_empty(), "{gfn} of the clone: {of_child:?} {}", row.point);
             let of_parent = row.world.leaf(row.parent, gfn);
             // What was published on the clone's demand is the source's own again, as before.
-            let most = if row.forced == Forced::Nothing { 512 } else { before };
+            let is_on_demand = matches!(row.point.forced, Forced::Nothing | Forced::Leaf);
+            let most = if is_on_demand { 512 } else { before };
             let own = of_parent.exclusive.minus(&may_be_private);
             assert!(own.len() <= most, "{gfn} of the source: {of_parent:?} {}", row.point);
         }
@@ -115,7 +123,7 @@ impl Bytes {
 }
 
 fn a5_only_the_written_bytes_differ(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let mut model = Bytes::of(row);
         let old = Bytes(model.0.clone());
         let child = row.fork_and_publish();
@@ -146,7 +154,7 @@ fn a5_only_the_written_bytes_differ(test: &str, guest: GuestKind) {
 }
 
 fn a6_the_clone_ends(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let before = row.world.usage();
         let child = row.fork_and_publish();
         row.store(child, NEW);
@@ -163,26 +171,29 @@ fn a6_the_clone_ends(test: &str, guest: GuestKind) {
     });
 }
 
-/// A clone that has asked for nothing leaves nothing: the source has all as it was.
+/// A clone that has asked for nothing leaves nothing: the source has all as it was. (Where forks share
+/// lower down, the source has the nodes above for good.)
 fn a6_the_clone_ends_unused(test: &str, guest: GuestKind) {
-    let Some(world) = World::new(test, guest, &Setup::default()) else { return };
-    let root = world.root();
-    write_memory(&world, root);
-    let before = (world.usage(), world.anonymous_pages(root));
-    let unused = world.fork_running(root, 1).clones[0].vm;
-    world.end(unused);
-    world.store_pages(root, FULL.first_gfn(), 512, NEW);
-    if guest == GuestKind::Thread {
-        world.await_usage(before.0);
-        assert_eq!(world.anonymous_pages(root), before.1);
-        assert_eq!(world.describe(root).blocks_published, 0, "the leaves are reused, not copied");
-    }
-    assert_eq!(world.sum(root, FULL.gpa(), 512, 4096), 512 * NEW);
-    world.finish();
+    at(test, guest, &[], |point| {
+        let world = World::at(point, Setup::default());
+        let root = world.root();
+        write_memory(&world, root);
+        let before = (world.usage(), world.anonymous_pages(root));
+        let unused = world.fork_running(root, 1).clones[0].vm;
+        world.end(unused);
+        world.store_pages(root, FULL.first_gfn(), 512, NEW);
+        if guest == GuestKind::Thread {
+            world.await_usage(before.0);
+            assert_eq!(world.anonymous_pages(root), before.1);
+            assert_eq!(world.describe(root).blocks_published, 0, "the leaves are reused, not copied");
+        }
+        assert_eq!(world.sum(root, FULL.gpa(), 512, 4096), 512 * NEW);
+        world.finish();
+    });
 }
 
 fn a7_the_source_ends(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         row.world.end(row.parent);
         row.expect(child, row.old);
@@ -202,7 +213,11 @@ fn forks(guest: GuestKind) -> usize {
 }
 
 fn a8_forks_leave_nothing_behind(test: &str, guest: GuestKind) {
-    let Some(world) = World::alone(test, guest, &Setup::default()) else { return };
+    at(test, guest, &[], |point| forks_leave_nothing_behind(point));
+}
+
+fn forks_leave_nothing_behind(point: &Point) {
+    let world = World::alone_at(point, Setup::default());
     let root = world.root();
     write_memory(&world, root);
     let source = world.member(root).process();
@@ -218,7 +233,7 @@ fn a8_forks_leave_nothing_behind(test: &str, guest: GuestKind) {
     (1..=6).for_each(&one);
     let usage = world.usage();
     let base = (Holdings::of(source), Holdings::own());
-    let forks = u64::try_from(forks(guest)).expect("a count");
+    let forks = u64::try_from(forks(point.guest)).expect("a count");
     (7..7 + forks).for_each(&one);
     world.await_usage(usage);
     assert_eq!(Holdings::of(source), base.0, "the source's process");
@@ -230,27 +245,29 @@ fn a8_forks_leave_nothing_behind(test: &str, guest: GuestKind) {
 }
 
 fn a9_a_page_that_was_never_touched(test: &str, guest: GuestKind) {
-    for (is_huge, gfn) in
-        [(true, SPARSE.gfn(99)), (false, SPARSE.gfn(99)), (true, EMPTY.gfn(7)), (false, EMPTY.gfn(7))]
-    {
-        let setup = Setup { is_huge, ..Setup::default() };
-        let Some(world) = World::new(test, guest, &setup) else { return };
-        let root = world.root();
-        write_memory(&world, root);
-        let (early, late) = (world.fork(root), world.fork(root));
-        world.expect(early, gfn.gpa(), 0);
-        world.store(root, gfn.gpa(), NEW);
-        world.expect(early, gfn.gpa(), 0);
-        world.publish_all(root, salp::space::Keep::Own);
-        world.expect(late, gfn.gpa(), 0);
-        world.expect(early, gfn.gpa(), 0);
-        world.expect(root, gfn.gpa(), NEW);
-        world.finish();
-    }
+    at(test, guest, LEVEL, |point| {
+        for (is_huge, gfn) in
+            [(true, SPARSE.gfn(99)), (false, SPARSE.gfn(99)), (true, EMPTY.gfn(7)), (false, EMPTY.gfn(7))]
+        {
+            let setup = Setup { is_huge, ..Setup::default() };
+            let world = World::at(point, setup);
+            let root = world.root();
+            write_memory(&world, root);
+            let (early, late) = (world.fork(root), world.fork(root));
+            world.expect(early, gfn.gpa(), 0);
+            world.store(root, gfn.gpa(), NEW);
+            world.expect(early, gfn.gpa(), 0);
+            world.publish_all(root, salp::space::Keep::Own);
+            world.expect(late, gfn.gpa(), 0);
+            world.expect(early, gfn.gpa(), 0);
+            world.expect(root, gfn.gpa(), NEW);
+            world.finish();
+        }
+    });
 }
 
 fn a14_no_older_frame_shows_through(test: &str, guest: GuestKind) {
-    run(test, guest, |row| {
+    run(test, guest, MEMORY, |row| {
         let child = row.fork_and_publish();
         row.store(row.parent, NEW);
         let second = row.fork_and_publish();
@@ -262,5 +279,88 @@ fn a14_no_older_frame_shows_through(test: &str, guest: GuestKind) {
         row.expect(child, NEW + 1);
         row.expect(second, NEW);
         row.expect(grandchild, row.old);
+    });
+}
+
+/// A vCPU is in the middle of it at the cut; its clones go on from there.
+fn a11_code_in_a_page_that_it_writes(test: &str, guest: GuestKind) {
+    const TIMES: u64 = 100_000_000;
+    attempt(test, guest, LEVEL, |point| {
+        if guest == GuestKind::Thread {
+            return Err(NO_VCPU.to_owned());
+        }
+        let world = World::at(point, Setup { vcpus: 2, ..Setup::default() });
+        let root = world.root();
+        write_memory(&world, root);
+        let run = PuppetOrder { order: order::RUN_AND_WRITE, a: FULL.gpa().0, b: TIMES, c: 0, d: 0 };
+        world.begin(root, 0, run);
+        // The other vCPU sees it count.
+        let word = Gpa(FULL.gpa().0 + 256);
+        let look = PuppetOrder { order: order::LOAD64, a: word.0, ..PuppetOrder::default() };
+        settled(LIMIT, || world.order(root, 1, look), |count| *count > 0);
+        let early = world.fork_running(root, 1).clones[0].vm;
+        let is_at_it = world.member(root).state().puppet_results.is_empty();
+        assert!(is_at_it, "the source was done before the fork");
+        for vm in [early, root] {
+            assert_eq!(world.result(vm, 0), TIMES, "{vm}");
+            assert_eq!(world.load(vm, word), TIMES, "{vm}: the word in the page");
+        }
+        // The last result of the other vCPU, once more.
+        world.result(early, 1);
+        world.finish();
+        Ok(())
+    });
+}
+
+/// A thread guest runs nothing of what is in its memory, and has no page tables there.
+const NO_VCPU: &str = "a thread guest has neither code nor page tables in its memory";
+
+/// Where the loader puts the guest's page tables: the root's entry for the lowest 512 GiB comes first.
+const PAGE_TABLES: std::ops::Range<u64> = 0x3_0000..0xa_0000;
+/// A bit of a page table's entry that is software's: SDM volume 3, 5.5.4.
+const SOFTWARE_BIT: u64 = 1 << 9;
+
+fn a12_the_sources_page_tables_change(test: &str, guest: GuestKind) {
+    attempt(test, guest, LEVEL, |point| {
+        if guest == GuestKind::Thread {
+            return Err(NO_VCPU.to_owned());
+        }
+        let world = World::at(point, Setup::default());
+        let root = world.root();
+        write_memory(&world, root);
+        let words = (PAGE_TABLES.end - PAGE_TABLES.start) / 8;
+        let sum = |vm| world.sum(vm, Gpa(PAGE_TABLES.start), words, 8);
+        let early = world.fork(root);
+        let late = world.fork(root);
+        let before = sum(early);
+        // The walker marks what it goes through and what is written; software marks more.
+        world.store_pages(root, EMPTY.first_gfn(), 512, NEW);
+        assert_eq!(world.sum(root, EMPTY.gpa(), 512, 4096), 512 * NEW);
+        let entry = world.load(root, Gpa(PAGE_TABLES.start));
+        assert_ne!(entry, 0, "the root table begins with an entry");
+        world.store(root, Gpa(PAGE_TABLES.start), entry ^ SOFTWARE_BIT);
+        assert_ne!(sum(root), before, "the source's tables have changed");
+        for clone in [early, late] {
+            assert_eq!(sum(clone), before, "{clone} has the tables of the cut");
+            world.expect(clone, EMPTY.gpa(), 0);
+            world.store_pages(clone, EMPTY.first_gfn(), 512, OTHER);
+            world.expect(clone, FULL.gpa(), OLD);
+        }
+        world.finish();
+        Ok(())
+    });
+}
+
+fn a13_a_protection_comes_and_goes(test: &str, guest: GuestKind) {
+    run(test, guest, MEMORY, |row| {
+        let child = row.fork_and_publish();
+        // Laid by one cut, and taken off since nobody needs that.
+        let unused = row.world.fork(row.parent);
+        row.world.end(unused);
+        let second = row.fork();
+        row.store(row.parent, NEW);
+        row.expect(row.parent, NEW);
+        row.expect(child, row.old);
+        row.expect(second, row.old);
     });
 }

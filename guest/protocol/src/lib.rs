@@ -143,6 +143,9 @@ pub mod order {
     pub const IDENTITY_READ: u64 = 16;
     /// Write the identity device's 8 bytes at offset `rdi` with `rsi`; result 0.
     pub const IDENTITY_WRITE: u64 = 17;
+    /// Result: how often the interrupt `rdi` has arrived. From the first time on the vCPU's local APIC
+    /// accepts interrupts.
+    pub const INTERRUPTS: u64 = 18;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
     /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`

@@ -9,6 +9,7 @@ use salp_protocol::{call as calls, order};
 
 use crate::call::{self, Arguments};
 use crate::engine::{read_register, write_register};
+use crate::entry;
 use crate::identity;
 use crate::memory::Supply;
 use crate::options::Options;
@@ -56,6 +57,10 @@ fn obey(order: u64, operands: Arguments) -> u64 {
         order::FORK => call::fork().unwrap_or(calls::FAILED),
         order::RUN_AND_WRITE => run_and_write(rdi, rsi),
         order::RESET => call::reset(),
+        order::INTERRUPTS => {
+            entry::enable_interrupts();
+            entry::interrupts(rdi as u8)
+        }
         order::QUIT => call::exit(rdi as u32),
         unknown => {
             print(format_args!("unknown order {unknown}"));

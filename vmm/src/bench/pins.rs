@@ -5,7 +5,8 @@ use super::measure::{Bench, Cell, with};
 use super::report::Unit;
 use super::source::Publishing;
 use super::work::free_runs;
-use crate::member::messages::Order;
+use crate::member::messages::{Order, PinHolder};
+use crate::space::Access;
 use crate::words::{Gfn, Gpa};
 
 impl Bench<'_> {
@@ -37,7 +38,10 @@ impl Bench<'_> {
         source.dirty(source.root, &[run], self.next_value())?;
         for pin in (0..pins).map(|pin| pin * step).take_while(|page| *page < run.pages) {
             let first = Gfn(Gpa(run.start).gfn().0 + pin);
-            source.colony.ask(source.root, Order::Pin { first, pages: 1 })?;
+            source.colony.ask(
+                source.root,
+                Order::Pin { first, pages: 1, holder: PinHolder::Salp(Access::ReadWrite) },
+            )?;
         }
         for counts in self.runs(u32::MAX) {
             self.check_interrupt()?;

@@ -29,7 +29,9 @@ use thiserror::Error;
 use crate::board::{Board, LeafWord};
 use crate::frames::{CutId, Frames};
 use crate::plants::{Plant, is_planted};
-use crate::tables::{Entry, Found, LeafRecord, NUMBER_LIMIT, TableCounts, Tables, TablesError, resolve};
+use crate::tables::{
+    Entry, Found, LeafRecord, NUMBER_LIMIT, ShareLevel, TableCounts, Tables, TablesError, resolve,
+};
 use crate::words::{LeafNumber, PageSet};
 
 pub use self::census::{Census, TableCensus};
@@ -123,6 +125,7 @@ pub struct Family {
     slots: BTreeMap<VmId, u32>,
     next_vm: u32,
     next_cut: u32,
+    share_level: ShareLevel,
 }
 
 impl Family {
@@ -140,7 +143,13 @@ impl Family {
             slots: BTreeMap::new(),
             next_vm: 1,
             next_cut: 1,
+            share_level: ShareLevel::default(),
         }
+    }
+
+    /// The level at which forks share from now on.
+    pub fn share_at(&mut self, level: ShareLevel) {
+        self.share_level = level;
     }
 
     /// A VM that shares nothing, in member slot `slot`.
@@ -220,7 +229,7 @@ impl Family {
         let source = cut.source;
         if let Some(vm) = self.vms.get_mut(&source) {
             vm.is_at_origin = false;
-            let thunk = self.share(Entry::Thunk(id));
+            let thunk = self.share_below(Entry::Thunk(id));
             self.set_root(source, thunk);
         }
     }
@@ -253,7 +262,7 @@ impl Family {
             .filter(|known| known.committed && (!known.unneeded || is_planted(Plant::UnneededTakesClones)));
         let known = known.ok_or(FamilyError::NoCut(cut))?;
         let shared = known.table.unwrap_or(Entry::Thunk(cut));
-        let root = self.share(shared);
+        let root = self.share_below(shared);
         let origin = is_resettable.then(|| match is_planted(Plant::OriginUncounted) {
             true => shared,
             false => self.share(shared),
@@ -396,6 +405,17 @@ impl Family {
             retain_in(&mut self.cuts)(id);
         }
         self.tables.share(entry)
+    }
+
+    /// As [`Family::share`], with nodes of the caller's own above the level at which forks share. Where
+    /// there is no room for them, more is shared: that is right as well, and cannot fail.
+    fn share_below(&mut self, entry: Entry) -> Entry {
+        let mut root = self.share(entry);
+        let cuts = &mut self.cuts;
+        if let Err(error) = self.tables.break_down_to(&mut root, self.share_level, &mut retain_in(cuts)) {
+            tracing::debug!(%error, "a fork shares higher up");
+        }
+        root
     }
 
     /// Gives a reference up. What falls to 0 is seen to at the next sweep.

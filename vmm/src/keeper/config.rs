@@ -12,6 +12,7 @@ use crate::kvm::Irqchip;
 use crate::member::confine::Confinement;
 use crate::member::messages::{GuestKind, Publication};
 use crate::space::Keep;
+use crate::tables::ShareLevel;
 use crate::words::MemoryShape;
 
 /// What a colony is made of.
@@ -33,6 +34,8 @@ pub struct ColonyConfig {
     pub is_resettable: bool,
     /// What members may ask of the host.
     pub confinement: Confinement,
+    /// The level at which forks share tables.
+    pub share_level: ShareLevel,
     /// Members kept ready.
     pub pool: usize,
     /// Members at one time: VMs, those that have ended and whose pages others need, and the pool.
@@ -62,6 +65,7 @@ impl ColonyConfig {
             publication: Publication { in_background: true, keep: Keep::Own, keep_later: Keep::Shared },
             is_resettable: true,
             confinement: Confinement::On,
+            share_level: ShareLevel::default(),
             pool: 2,
             members: 256,
             limits: Limits::default(),

@@ -223,8 +223,10 @@ impl Colony {
         let board = Board::new(shape, Arc::<SharedWords>::clone(&words));
         let arena = ArenaDir::create_as(config.arena, arena_budget_bytes(&config))?;
         let ((jobs, todo), (wishes, wished)) = (channel(), channel());
+        let mut family = Family::new(board.clone());
+        family.share_at(config.share_level);
         let inner = Inner {
-            family: Family::new(board.clone()),
+            family,
             vms: BTreeMap::new(),
             images: BTreeMap::new(),
             pool: VecDeque::new(),

@@ -93,7 +93,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 type Condition = Result<SeccompCondition, seccompiler::BackendError>;
 
 /// The calls that need no look at their arguments.
-const FREE: [i64; 64] = [
+const FREE: [i64; 66] = [
     // Memory. What could make it executable is below.
     libc::SYS_brk,
     libc::SYS_madvise,
@@ -129,6 +129,9 @@ const FREE: [i64; 64] = [
     libc::SYS_memfd_create,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
+    // Devices outside, by order.
+    libc::SYS_pipe2,
+    libc::SYS_vmsplice,
     // DMA by the kernel.
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,

@@ -11,6 +11,7 @@ use super::machine::{Live, MemberMachine};
 use super::messages::{
     Description, Event, GuestKind, Order, PuppetOrder, Reply, ResetReply, ResetTimes, Setup, Snapshot,
 };
+use super::outside::Outside;
 use super::ram::SpaceRam;
 use super::services::Services;
 use super::shell::{MemberFiles, ServedSpace, Shell};
@@ -30,7 +31,7 @@ use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, rouse_all, stop_all};
-use crate::space::{Access, Keep, Space, SpaceError};
+use crate::space::{Keep, Space};
 use crate::window::{Resolvers, Window};
 
 /// How long vCPUs may take to stop for a cut: one that waits for a page of its page tables comes
@@ -69,8 +70,8 @@ pub struct Member {
     pub(super) prepared: Option<ResetTimes>,
     /// The reset just done, whose end is to be reported.
     pub(super) just_reset: Option<ResetReply>,
-    /// Pages pinned by order, a device's own not counted, as often as they are.
-    pub(super) outside_pins: u64,
+    /// The devices outside, and their pins by order.
+    pub(super) outside: Outside,
     /// The guest has halted for good, and that was told.
     pub(super) has_halted: bool,
     /// What the watch looks after.
@@ -117,7 +118,7 @@ impl Member {
             is_at_origin: false,
             prepared: None,
             just_reset: None,
-            outside_pins: 0,
+            outside: Outside::default(),
             has_halted: false,
             due: Due::default(),
         }
@@ -173,18 +174,12 @@ impl Member {
                 self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_fork(clone);
                 done()
             }
-            Order::Pin { first, pages } => {
-                self.life()?.space.pin(first, pages, Access::ReadWrite)?;
-                self.outside_pins += pages;
-                done()
-            }
-            Order::Unpin { first, pages } => {
-                self.life()?.space.unpin(first, pages)?;
-                self.outside_pins -= pages;
-                done()
-            }
-            Order::DeviceStore { gfn, value } => self.device_store(gfn, value),
-            Order::DeviceLoad { gfn } => self.device_load(gfn),
+            Order::Pin { first, pages, holder } => self.pin(first, pages, holder).and(done()),
+            Order::Unpin { first, pages } => self.unpin(first, pages).and(done()),
+            Order::DeviceBegin { gfn } => self.device_begin(gfn).and(done()),
+            Order::DeviceStore { gfn, value } => self.device_store(gfn, value).and(done()),
+            Order::DeviceLoad { gfn } => Ok((Reply::Loaded(self.device_load(gfn)?), Vec::new())),
+            Order::HandOver { gfn } => self.hand_over(gfn, &descriptors).and(done()),
             Order::Discard { first, pages } => {
                 self.life()?.space.discard(first, pages)?;
                 done()
@@ -496,30 +491,6 @@ impl Member {
         self.life()?;
         self.machine.mailbox(vcpu).ok_or(NO_VCPU)?.put_order(order);
         done()
-    }
-
-    fn device_word(&self, gfn: crate::words::Gfn) -> Result<[&std::sync::atomic::AtomicU32; 2], MemberError> {
-        let space = &self.life()?.space;
-        if !space.pinned_gfns().contains(&gfn) {
-            return Err(SpaceError::NotPinned { gfn }.into());
-        }
-        let word = |offset: u64| space.host().word(crate::words::Gpa(gfn.gpa().0 + offset));
-        match (word(0), word(4)) {
-            (Some(low), Some(high)) => Ok([low, high]),
-            _ => Err(SpaceError::NotMemory { gfn }.into()),
-        }
-    }
-
-    fn device_store(&self, gfn: crate::words::Gfn, value: u64) -> Answer {
-        for (word, half) in self.device_word(gfn)?.iter().zip([value, value >> 32]) {
-            word.store((half & u64::from(u32::MAX)) as u32, Ordering::Release);
-        }
-        done()
-    }
-
-    fn device_load(&self, gfn: crate::words::Gfn) -> Answer {
-        let [low, high] = self.device_word(gfn)?.map(|word| u64::from(word.load(Ordering::Acquire)));
-        Ok((Reply::Loaded(high << 32 | low), Vec::new()))
     }
 
     fn describe(&self) -> Result<Description, MemberError> {

@@ -347,6 +347,11 @@ impl Machine for MemberMachine {
             _ => (HowEnded::Crashed, None),
         };
         let mut text = format!("vcpu {vcpu}: {end}");
+        if let End::MemoryError { host_address, .. } = end
+            && let Some(gfn) = self.live.get().and_then(|live| live.space.host().gfn_at(host_address))
+        {
+            text.push_str(&format!("\n  {gfn} is lost"));
+        }
         if let Some(advice) = end.advice(HostDescription::read().kind) {
             text.push_str("\n  ");
             text.push_str(advice);

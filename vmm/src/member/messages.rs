@@ -14,7 +14,7 @@ use crate::failure;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::kvm::{Irqchip, Times, VcpuState, VmState};
-use crate::space::{CutFigures, Keep, PageCounts, ResetFigures, SpaceReport};
+use crate::space::{Access, CutFigures, Keep, PageCounts, ResetFigures, SpaceReport};
 use crate::words::{Gfn, MemoryShape};
 
 /// What runs in a VM.
@@ -220,13 +220,28 @@ pub enum Order {
         first: Gfn,
         /// How many.
         pages: u64,
+        /// The device.
+        holder: PinHolder,
     },
-    /// Take such a pin off again.
+    /// Take such a pin off again. The host's kernel may hold the pages longer: until the transfers
+    /// that use them are over.
     Unpin {
         /// First page.
         first: Gfn,
         /// How many.
         pages: u64,
+    },
+    /// A device of the host's kernel begins a transfer to the start of a pinned page; the next
+    /// [`Order::DeviceStore`] to that page ends it.
+    DeviceBegin {
+        /// The page.
+        gfn: Gfn,
+    },
+    /// Hand a page to the host's kernel without a pin, as `vmsplice` does. Comes with the end of a
+    /// pipe to write to.
+    HandOver {
+        /// The page.
+        gfn: Gfn,
     },
     /// Store 8 bytes at the start of a pinned page, as a device would.
     DeviceStore {
@@ -280,6 +295,16 @@ impl Order {
                 | Self::Describe
         )
     }
+}
+
+/// What device a pin by order is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum PinHolder {
+    /// One that works through the window, as the DMA engine does.
+    Salp(Access),
+    /// The host's kernel, by a buffer registered with io_uring: whatever the window maps later, it
+    /// goes on with the same physical pages.
+    Kernel,
 }
 
 /// One order of the puppet case.

@@ -12,6 +12,7 @@
 //! | [`shell`] | what is made ahead |
 //! | [`machine`], [`mailbox`] | exits, devices, calls of the guest |
 //! | [`ram`] | memory as the devices see it |
+//! | `outside` | devices outside, by order: their pins, loads and stores |
 //! | [`extents`] | the files behind the storage |
 //! | [`start`] | what a first VM starts with: the built-in guest, or another kernel |
 //! | [`services`] | the publishing threads |
@@ -35,6 +36,7 @@ pub mod life;
 pub mod machine;
 pub mod mailbox;
 pub mod messages;
+mod outside;
 pub mod ram;
 mod reset;
 pub mod services;

@@ -76,7 +76,7 @@ impl Member {
         if self.origin.is_none() {
             return Err(SpaceError::NoOrigin.into());
         }
-        if self.outside_pins > 0
+        if self.outside.holds_pages()
             && let Some(gfn) = life.space.pinned_gfns().first().copied()
         {
             return Err(SpaceError::Pinned { gfn }.into());

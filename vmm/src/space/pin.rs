@@ -6,13 +6,15 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Backing, Host, Space, SpaceError};
 use crate::plants::{Plant, is_planted};
 use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
 
 /// What a device does with pinned pages. Both kinds need the page to be exclusive: a reader must
 /// see the VM's later stores too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Access {
     /// The device reads memory.
     Read,

@@ -31,12 +31,38 @@ pub use self::record::LeafRecord;
 pub use self::resolve::{Found, resolve};
 pub use self::tree::{Released, TableCounts, Tables, TablesError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::words::LeafNumber;
 
 /// The level of the root.
 pub const ROOT_LEVEL: u32 = 4;
 /// The level whose entries are leaves.
 pub const LEAF_LEVEL: u32 = 2;
+
+/// The level at which a fork shares: what source and clones have in common after it. Above it each
+/// has nodes of its own. What anybody sees is the same; what differs is who copies how much, and when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ShareLevel {
+    /// All of a VM's memory is one reference.
+    #[default]
+    Root,
+    /// One for each directory of leaves: 1 GiB.
+    Directory,
+    /// One for each leaf.
+    Leaf,
+}
+
+impl ShareLevel {
+    /// The level of the lowest nodes that are a VM's own after a fork; none: not even the root is.
+    const fn lowest_own(self) -> Option<u32> {
+        match self {
+            Self::Root => None,
+            Self::Directory => Some(LEAF_LEVEL + 1),
+            Self::Leaf => Some(LEAF_LEVEL),
+        }
+    }
+}
 
 /// The slot in a node of `level` (4 to 2) on the way to `leaf`. Level 2 slots are leaves.
 #[must_use]

@@ -92,6 +92,58 @@ fn sharing_is_possible_at_any_level() {
 }
 
 #[test]
+fn a_break_ends_where_it_is_told() {
+    for (level, nodes) in [(ShareLevel::Root, 4), (ShareLevel::Directory, 4 + 2), (ShareLevel::Leaf, 4 + 4)] {
+        let (board, mut tables) = tables(16, 16);
+        let old = build(&mut tables, &[NEAR, FAR]);
+        let mut new = tables.share(old);
+        tables.break_down_to(&mut new, level, &mut |_| ()).expect("there is room");
+        assert_eq!(tables.counts(), counts(nodes, 2), "{level:?}");
+        for leaf in [NEAR, BESIDE, FAR] {
+            assert_eq!(resolve(&board, new, leaf), resolve(&board, old, leaf), "{level:?} {leaf}");
+        }
+        tables.release(old);
+        tables.release(new);
+        assert_eq!(tables.counts(), counts(0, 0), "{level:?}");
+    }
+}
+
+#[test]
+fn a_thunk_breaks_into_itself_and_is_counted() {
+    let (_, mut tables) = tables(16, 16);
+    let mut cuts = Cuts::default();
+    // The root's own reference.
+    cuts.retain()(cut(1));
+    let mut root = Entry::Thunk(cut(1));
+    tables.break_down_to(&mut root, ShareLevel::Leaf, &mut cuts.retain()).expect("there is room");
+    // The root, level 3, and the two directories of the memory.
+    assert_eq!(tables.counts(), counts(4, 0));
+    for leaf in [NEAR, BESIDE, FAR] {
+        assert_eq!(tables.path(root, leaf)[3], Entry::Thunk(cut(1)));
+    }
+    cuts.give_up(&tables.take_released());
+    assert_eq!(cuts.of(cut(1)), 511 + 510 + 2 * 512);
+    tables.release(root);
+    cuts.give_up(&tables.take_released());
+    assert_eq!(cuts.of(cut(1)), 0);
+}
+
+#[test]
+fn a_break_without_room_changes_nothing_that_is_seen() {
+    let (board, mut tables) = tables(6, 16);
+    let old = build(&mut tables, &[NEAR, FAR]);
+    let mut new = tables.share(old);
+    // Four nodes are taken, four more would be needed.
+    tables.break_down_to(&mut new, ShareLevel::Leaf, &mut |_| ()).expect_err("there is no room");
+    for leaf in [NEAR, BESIDE, FAR] {
+        assert_eq!(resolve(&board, new, leaf), resolve(&board, old, leaf), "{leaf}");
+    }
+    tables.release(old);
+    tables.release(new);
+    assert_eq!(tables.counts(), counts(0, 0));
+}
+
+#[test]
 fn a_change_copies_the_path_and_nothing_else() {
     let (board, mut tables) = tables(16, 16);
     let old = build(&mut tables, &[NEAR, BESIDE, FAR]);

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 
-use super::{Entry, LEAF_LEVEL, LeafRecord, ROOT_LEVEL, leaves_per_slot, slot};
+use super::{Entry, LEAF_LEVEL, LeafRecord, ROOT_LEVEL, ShareLevel, leaves_per_slot, slot};
 use crate::board::{Board, NODE_ENTRIES};
 use crate::failure;
 use crate::frames::{CutId, Frames, Ledger};
@@ -308,6 +308,47 @@ impl Tables {
         }
         self.release(entry);
         Ok(copy)
+    }
+
+    /// Breaks the nodes below `root` top-down as far as `level` says: what has one referrer then, the
+    /// caller, ends above it.
+    ///
+    /// # Errors
+    /// No room for a node: less is broken, and the content below `root` is unchanged.
+    pub fn break_down_to(
+        &mut self,
+        root: &mut Entry,
+        level: ShareLevel,
+        retain_cut: &mut dyn FnMut(CutId),
+    ) -> Result<(), TablesError> {
+        let Some(lowest) = level.lowest_own().filter(|_| *root != Entry::Empty) else { return Ok(()) };
+        let node = self.own_node(*root, retain_cut)?;
+        *root = Entry::Node(node);
+        self.break_below(node, (ROOT_LEVEL, LeafNumber(0)), lowest, retain_cut)
+    }
+
+    fn break_below(
+        &mut self,
+        node: u32,
+        (level, first): (u32, LeafNumber),
+        lowest: u32,
+        retain_cut: &mut dyn FnMut(CutId),
+    ) -> Result<(), TablesError> {
+        if level == lowest {
+            return Ok(());
+        }
+        let leaves = self.board.shape().leaves;
+        for (index, step) in (0..NODE_ENTRIES).zip(0u32..) {
+            let first = LeafNumber(first.0 + step * leaves_per_slot(level));
+            let below = self.load(node, index);
+            if first.0 >= leaves || !matches!(below, Entry::Node(_) | Entry::Thunk(_)) {
+                continue;
+            }
+            let own = self.own_node(below, retain_cut)?;
+            self.store(node, index, Entry::Node(own));
+            self.break_below(own, (level - 1, first), lowest, retain_cut)?;
+        }
+        Ok(())
     }
 
     /// Puts the entries of `table` in the place of all thunks of `cut` below `roots`: the cut is

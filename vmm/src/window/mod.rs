@@ -69,9 +69,9 @@ impl FrameFiles for ArenaReader {
 }
 
 /// The `ioctl` requests of this module.
-pub const IOCTLS: [u64; 8] = {
-    let [a, b, c, d, e, f, g] = userfault::IOCTLS;
-    [a, b, c, d, e, f, g, pagemap::PAGEMAP_SCAN]
+pub const IOCTLS: [u64; 9] = {
+    let [a, b, c, d, e, f, g, h] = userfault::IOCTLS;
+    [a, b, c, d, e, f, g, h, pagemap::PAGEMAP_SCAN]
 };
 
 /// The files that a source writes for one cut.

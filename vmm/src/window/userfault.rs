@@ -52,7 +52,7 @@ const POISON: u64 = read_write(8, 32);
 /// `_IO(0xAA, 0)` on `/dev/userfaultfd`.
 const NEW: u64 = 0xaa00;
 
-pub(super) const IOCTLS: [u64; 7] = [WAKE, UNREGISTER, REGISTER, WRITE_PROTECT, POISON, API, NEW];
+pub(super) const IOCTLS: [u64; 8] = [WAKE, UNREGISTER, REGISTER, COPY, WRITE_PROTECT, POISON, API, NEW];
 
 /// The device.
 const DEVICE: &str = "/dev/userfaultfd";
