@@ -122,8 +122,6 @@ struct Model {
     /// What a clone returns to, and the last result of its guest before that.
     origin: Option<(Content, u64)>,
     pins: Vec<Gfn>,
-    /// The last result of the guest.
-    result: u64,
 }
 
 struct Game<'a> {
@@ -142,7 +140,7 @@ impl<'a> Game<'a> {
         memory.insert(salp_tests::row::ALONE, OLD);
         let engine = Engine::set_up(world, root, RING);
         let now = Content { memory, disk: BTreeMap::new() };
-        let model = Model { now, origin: None, pins: Vec::new(), result: 0 };
+        let model = Model { now, origin: None, pins: Vec::new() };
         Self { world, engine, vms: BTreeMap::from([(root, model)]), next_value: 0xa000 }
     }
 
@@ -230,7 +228,7 @@ impl<'a> Game<'a> {
         let now = self.vms[&vm].now.clone();
         for clone in self.world.fork_many(vm, clones).clones {
             let origin = Some((now.clone(), result));
-            self.vms.insert(clone.vm, Model { now: now.clone(), origin, pins: Vec::new(), result });
+            self.vms.insert(clone.vm, Model { now: now.clone(), origin, pins: Vec::new() });
         }
     }
 

@@ -213,7 +213,7 @@ fn forks(guest: GuestKind) -> usize {
 }
 
 fn a8_forks_leave_nothing_behind(test: &str, guest: GuestKind) {
-    at(test, guest, &[], |point| forks_leave_nothing_behind(point));
+    at(test, guest, &[], forks_leave_nothing_behind);
 }
 
 fn forks_leave_nothing_behind(point: &Point) {

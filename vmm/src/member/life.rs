@@ -178,7 +178,7 @@ impl Member {
             Order::Unpin { first, pages } => self.unpin(first, pages).and(done()),
             Order::DeviceBegin { gfn } => self.device_begin(gfn).and(done()),
             Order::DeviceStore { gfn, value } => self.device_store(gfn, value).and(done()),
-            Order::DeviceLoad { gfn } => Ok((Reply::Loaded(self.device_load(gfn)?), Vec::new())),
+            Order::DeviceLoad { gfn } => self.device_load(gfn).map(|word| (Reply::Loaded(word), Vec::new())),
             Order::HandOver { gfn } => self.hand_over(gfn, &descriptors).and(done()),
             Order::Discard { first, pages } => {
                 self.life()?.space.discard(first, pages)?;

@@ -19,7 +19,7 @@ use shuttle::thread::{JoinHandle, spawn};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 
 use super::host::{SimHost, Trap};
-use super::world::{CutFile, Futexes, Waits, World};
+use super::world::{CutFile, Waits, World};
 use crate::board::{Board, BoardShape, HeapWords};
 use crate::family::{Family, Sweep, VmId};
 use crate::frames::{CutId, Frames};
@@ -391,7 +391,7 @@ fn serve(space: Arc<Space<SimHost>>, board: Board, stop: Arc<AtomicU32>) -> Join
 
 /// Two clones ask for a leaf each and sleep until they have it. Nobody looks after a time.
 fn requests_against_answers(is_publishing: bool) {
-    let mut stage = Stage::new(Waits::Sleeps(Futexes::default()));
+    let mut stage = Stage::new(Waits::Sleeps(Box::default()));
     store(&stage.root, A, 1);
     store(&stage.root, C, 2);
     let cut = stage.cut();

@@ -94,7 +94,7 @@ pub(super) enum Waits {
     /// By looking again and again, as if each wait came to the end of its time.
     Looks,
     /// Until it is woken, and never less long: a wake-up that is missing is found.
-    Sleeps(Futexes),
+    Sleeps(Box<Futexes>),
 }
 
 /// The sleepers of all words: the numbers of wake-ups, by address.
