@@ -1,16 +1,22 @@
 //! The command line: what each command is called, and how its result becomes an exit status.
 
 pub mod bench;
+pub mod console;
 pub mod demo;
 mod display;
 pub mod doctor;
+pub mod fork;
+pub mod inspect;
 pub mod interrupt;
 mod logging;
+pub mod map;
 pub mod memory;
 pub mod output;
 pub mod papers;
+pub mod ps;
 pub mod run;
 pub mod size;
+pub mod top;
 pub mod torture;
 pub mod vms;
 
@@ -22,6 +28,8 @@ use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
 use self::logging::LogFormat;
 use self::output::Output;
 use crate::bench::baseline::{self, BASELINE_ARGUMENT};
+use crate::control::client::Client;
+use crate::control::place::Place;
 use crate::member::zygote::{self, ZYGOTE_ARGUMENT};
 use crate::version;
 
@@ -61,23 +69,40 @@ enum Command {
     /// halts or resets its machine; 134 if it crashes; 130 after Ctrl-C or Ctrl-]; 143 after `salp stop`.
     Run(run::RunArguments),
     /// Clone a running VM
-    Fork(vms::ForkArguments),
-    /// List the VMs of all your colonies
-    Ps(vms::PsArguments),
-    /// Stop a VM's vCPUs and let its devices complete nothing, until `salp resume`; it can be forked
-    Pause(vms::NameArguments),
-    /// Let a paused VM go on
-    Resume(vms::NameArguments),
-    /// Return a clone to its cut: memory, vCPUs and devices; it runs on from there
+    Fork(fork::ForkArguments),
+    /// List the VMs of all your colonies, families as trees
+    Ps(ps::PsArguments),
+    /// Show all that is known of a VM
+    Inspect(inspect::InspectArguments),
+    /// Show what VMs use: processor time, memory shared and unique, faults, transfers
+    Stats(inspect::StatsArguments),
+    /// Draw a VM's memory leaf by leaf, or who shares what in its family
     ///
-    /// Also one whose guest has crashed or ended by itself, as long as another VM of its colony lives.
-    Reset(vms::NameArguments),
-    /// End a VM; with the last one its colony ends
-    Stop(vms::NameArguments),
+    /// A leaf is 2 MiB of the VM's memory.
+    Map(map::MapArguments),
+    /// Watch families, figures, memory and events live; fork, pause, reset and stop by a key
+    Top,
     /// Show what a VM has written and writes until it ends, and give it standard input
     ///
     /// At a terminal every key goes to the VM, Ctrl-C included, until Ctrl-] leaves; the VM runs on.
     Console(vms::NameArguments),
+    /// Stop VMs' vCPUs and let their devices complete nothing, until `salp resume`; they can be forked
+    Pause(vms::NamesArguments),
+    /// Let paused VMs go on
+    Resume(vms::NamesArguments),
+    /// Return clones to their cut: memory, vCPUs and devices; they run on from there
+    ///
+    /// Also those whose guests have crashed or ended by themselves, as long as another VM of their colony
+    /// lives.
+    Reset(vms::ResetArguments),
+    /// Wait until VMs have ended, and print their exit statuses, as `salp run` would have had them
+    Wait(vms::NamesArguments),
+    /// End VMs; with the last one its colony ends
+    Stop(vms::StopArguments),
+    /// Remove VMs that have ended from the list, with their consoles
+    ///
+    /// Their names are free again. What their clones still need of them stays until it is not needed.
+    Rm(vms::RmArguments),
     /// Measure what a clone costs, against what people would use instead
     Bench(bench::BenchArguments),
     /// Fork, reset, pause and kill VMs that transfer data, at random and under memory pressure
@@ -88,6 +113,10 @@ enum Command {
     ///
     /// Exit status: 0 if salp works here, be it slower than it could; 1 if something is missing.
     Doctor(doctor::DoctorArguments),
+    /// Print the OpenAPI document of the control socket
+    ApiSpec,
+    /// Print the JSON Schema of what `salp run --config` takes
+    Schema,
     /// Print a completion script for a shell
     ///
     /// For bash: salp completions bash > ~/.local/share/bash-completion/completions/salp
@@ -119,16 +148,24 @@ pub fn main() -> ExitCode {
     match arguments.command {
         Command::Demo(arguments) => end(demo::run(&arguments)),
         Command::Run(arguments) => end(run::run(&arguments)),
-        Command::Fork(arguments) => end(vms::fork(&arguments)),
-        Command::Ps(arguments) => end(vms::ps(&arguments, output)),
+        Command::Fork(arguments) => end(fork::fork(&arguments, output)),
+        Command::Ps(arguments) => end(ps::ps(&arguments, output)),
+        Command::Inspect(arguments) => end(inspect::inspect(&arguments, output)),
+        Command::Stats(arguments) => end(inspect::stats(&arguments, output)),
+        Command::Map(arguments) => end(map::map(&arguments, output)),
+        Command::Top => end(top::top()),
+        Command::Console(arguments) => end(console::console(&arguments)),
         Command::Pause(arguments) => end(vms::pause(&arguments)),
         Command::Resume(arguments) => end(vms::resume(&arguments)),
-        Command::Reset(arguments) => end(vms::reset(&arguments)),
+        Command::Reset(arguments) => end(vms::reset(&arguments, output)),
+        Command::Wait(arguments) => end(vms::wait(&arguments, output)),
         Command::Stop(arguments) => end(vms::stop(&arguments)),
-        Command::Console(arguments) => end(vms::console(&arguments)),
+        Command::Rm(arguments) => end(vms::rm(&arguments)),
         Command::Bench(arguments) => end(bench::run(&arguments)),
         Command::Torture(arguments) => end(torture::run(&arguments)),
         Command::Doctor(arguments) => end(doctor::run(&arguments, output)),
+        Command::ApiSpec => end(papers::api_spec(output)),
+        Command::Schema => end(papers::schema(output)),
         Command::Completions(arguments) => end(papers::completions(&arguments, Arguments::command(), output)),
         Command::Man(arguments) => end(papers::man(&arguments, Arguments::command(), output)),
     }
@@ -150,6 +187,11 @@ fn run_hidden() -> Option<ExitCode> {
     } else {
         None
     }
+}
+
+/// For the colonies of this user.
+fn client() -> Client {
+    Client::new(Place::of_user())
 }
 
 fn end<E: std::fmt::Display>(result: Result<ExitCode, E>) -> ExitCode {

@@ -1,4 +1,5 @@
-//! `salp completions` and `salp man`: what the command line says of itself, for shells and for `man`.
+//! `salp completions`, `man`, `api-spec` and `schema`: what salp says of itself, for shells, for `man` and
+//! for other programs.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,6 +10,8 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use super::output::Output;
+use crate::control::config::VmConfig;
+use crate::control::routes;
 
 /// For which shell.
 #[derive(Debug, Args)]
@@ -60,5 +63,23 @@ pub fn man(arguments: &ManArguments, command: Command, output: Output) -> io::Re
             output.print(&String::from_utf8_lossy(&page))?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp api-spec`.
+///
+/// # Errors
+/// Standard output.
+pub fn api_spec(output: Output) -> io::Result<ExitCode> {
+    output.print_json(&routes::document())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `salp schema`.
+///
+/// # Errors
+/// Standard output.
+pub fn schema(output: Output) -> io::Result<ExitCode> {
+    output.print_json(&VmConfig::json_schema())?;
     Ok(ExitCode::SUCCESS)
 }

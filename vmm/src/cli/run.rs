@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use thiserror::Error;
 
 use super::memory::{self, BUILTIN_LEAST_BYTES, MemoryError};
@@ -15,6 +15,7 @@ use super::{interrupt, size};
 use crate::control::ControlError;
 use crate::control::VmState;
 use crate::control::client::Client;
+use crate::control::config::{LimitsConfig, VmConfig};
 use crate::control::place::{Place, check_name};
 use crate::control::registry::Entry;
 use crate::control::service::{Keeper, Outcome, Settings};
@@ -35,13 +36,14 @@ const REPORT_NUMBER: RawFd = 3;
 
 /// What runs.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("image").args(["kernel", "config"]).multiple(true)))]
 pub struct RunArguments {
-    /// Memory of each VM of the colony
-    #[arg(long, default_value = "512M", value_parser = size::parse)]
-    memory: u64,
-    /// vCPUs of each VM of the colony
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
-    cpus: u8,
+    /// Memory of each VM of the colony [default: 512M]
+    #[arg(long, value_parser = size::parse)]
+    memory: Option<u64>,
+    /// vCPUs of each VM of the colony [default: 1]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    cpus: Option<u8>,
     /// The VM's name; without it one is made up
     #[arg(long)]
     name: Option<String>,
@@ -50,7 +52,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "image")]
     initrd: Option<PathBuf>,
     /// What the guest is told; the built-in one its case and options, `case=idle` if nothing is said
     #[arg(long)]
@@ -70,8 +72,11 @@ pub struct RunArguments {
     /// What becomes of a VM's process that makes a system call which no VM needs
     #[arg(long, value_enum, default_value_t = Confinement::On, value_name = "MODE")]
     seccomp: Confinement,
+    /// A JSON document that says what no option says; `salp schema` describes it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Run in the background: print the name when the VM runs
-    #[arg(long)]
+    #[arg(short, long)]
     detach: bool,
 }
 
@@ -91,6 +96,9 @@ pub enum RunError {
         /// What is wrong with it.
         why: String,
     },
+    /// As many vCPUs no VM has.
+    #[error("cpus {0} in --config: a vm has 1 to 8")]
+    Cpus(u8),
     /// KVM.
     #[error("{0}")]
     Kvm(#[from] KvmError),
@@ -142,6 +150,11 @@ const CRASHED: u8 = 134;
 /// Exit status after the end of a VM's process, as after SIGKILL.
 const KILLED: u8 = 137;
 
+/// The exit status of `salp run` after a VM's end.
+pub(super) fn status(state: &VmState) -> u8 {
+    verdict("", &Outcome { signal: None, root: state.clone(), last_output: None }).0
+}
+
 /// The exit status, and what is to be said.
 fn verdict(name: &str, outcome: &Outcome) -> (u8, Option<String>) {
     let (said, status) = match (&outcome.root, outcome.signal) {
@@ -184,25 +197,40 @@ fn last_words(name: &str, outcome: &Outcome) -> Option<String> {
     Some(if output.is_empty() { said } else { format!("{said}\nits last output was:\n{output}") })
 }
 
-/// Looks at everything that can be wrong before anything is started.
+/// What a VM has where nobody says.
+const USUAL_MEMORY_BYTES: u64 = 512 << 20;
+
+/// Looks at everything that can be wrong before anything is started. Options come before the document.
 fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
+    let config = arguments.config.as_deref().map(VmConfig::read).transpose()?.unwrap_or_default();
+    let file = |option, given: &Option<PathBuf>, said: Option<PathBuf>| {
+        given.clone().or(said).map(|path| readable(option, &path)).transpose()
+    };
+    let kernel = file("--kernel", &arguments.kernel, config.kernel)?;
+    let initrd = file("--initrd", &arguments.initrd, config.initrd)?;
+    let dma_backing = file("--dma-backing", &arguments.dma_backing, config.devices.dma_backing)?;
+    if let (None, Some(path)) = (&kernel, &initrd) {
+        let why = "it needs a kernel".to_owned();
+        return Err(RunError::File { option: "--initrd", path: path.clone(), why });
+    }
+    let memory_bytes = arguments.memory.or(config.memory_bytes).unwrap_or(USUAL_MEMORY_BYTES);
     // What another kernel needs its loader says.
-    let least = if arguments.kernel.is_none() { BUILTIN_LEAST_BYTES } else { 0 };
-    memory::check(arguments.memory, least)?;
-    arguments.name.as_deref().map_or(Ok(()), check_name)?;
-    let file =
-        |option, path: &Option<PathBuf>| path.as_deref().map(|path| readable(option, path)).transpose();
-    let dma_backing = file("--dma-backing", &arguments.dma_backing)?;
-    let kernel = file("--kernel", &arguments.kernel)?;
-    let initrd = file("--initrd", &arguments.initrd)?;
-    let usual = if kernel.is_some() { "" } else { "case=idle" };
+    memory::check(memory_bytes, if kernel.is_none() { BUILTIN_LEAST_BYTES } else { 0 })?;
+    let name = arguments.name.clone().or(config.name);
+    name.as_deref().map_or(Ok(()), check_name)?;
+    let cpus = arguments.cpus.or(config.cpus).unwrap_or(1);
+    if !(1..=8).contains(&cpus) {
+        return Err(RunError::Cpus(cpus));
+    }
+    let usual = || if kernel.is_some() { String::new() } else { "case=idle".to_owned() };
+    let command_line = arguments.cmdline.clone().or(config.cmdline).unwrap_or_else(usual);
     Kvm::open()?;
     Ok(Settings {
-        name: arguments.name.clone(),
-        memory_bytes: arguments.memory,
-        cpus: arguments.cpus,
-        limits: limits(arguments),
-        command_line: arguments.cmdline.clone().unwrap_or_else(|| usual.to_owned()),
+        name,
+        memory_bytes,
+        cpus,
+        limits: limits(arguments, &config.limits),
+        command_line,
         kernel,
         initrd,
         dma_backing,
@@ -211,12 +239,12 @@ fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
     })
 }
 
-fn limits(arguments: &RunArguments) -> Limits {
+fn limits(arguments: &RunArguments, config: &LimitsConfig) -> Limits {
     let count = |limit: Option<u32>| limit.map(|limit| index(limit.into()));
     Limits {
-        vms: count(arguments.max_vms),
-        cpus: count(arguments.max_cpus),
-        memory_bytes: arguments.memory_limit,
+        vms: count(arguments.max_vms).or(config.vms),
+        cpus: count(arguments.max_cpus).or(config.cpus),
+        memory_bytes: arguments.memory_limit.or(config.memory_bytes),
     }
 }
 

@@ -64,7 +64,9 @@ pub struct Report {
 /// Looks at this host.
 #[must_use]
 pub fn examine() -> Report {
-    let checks = judge(&Facts::gather(Path::new("/")));
+    let facts = Facts::gather(Path::new("/"));
+    tracing::debug!(?facts, "looked at the host");
+    let checks = judge(&facts);
     let verdict = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
     Report { verdict, host: HostDescription::read(), checks }
 }
