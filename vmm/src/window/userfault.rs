@@ -57,8 +57,8 @@ pub(super) const IOCTLS: [u64; 8] = [WAKE, UNREGISTER, REGISTER, COPY, WRITE_PRO
 /// The device.
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// The device opened ahead, see [`Userfault::open_device_ahead`].
-static OPENED: OnceLock<File> = OnceLock::new();
+/// The device opened ahead, or why it could not be, see [`Userfault::open_device_ahead`].
+static OPENED: OnceLock<io::Result<File>> = OnceLock::new();
 
 /// One message of `struct uffd_msg`.
 #[repr(C)]
@@ -110,12 +110,10 @@ impl Userfault {
         Ok(FEATURES.iter().filter(|(bit, _)| api[1] & bit == 0).map(|(_, name)| *name).collect())
     }
 
-    /// Opens the device for later, where there is one and it is permitted: for a process that will not be
-    /// allowed to. What it is for belongs to whoever uses it then.
+    /// Opens the device for later, for a process that will not be allowed to then: where it is refused
+    /// now, that is what is said later. What it is for belongs to whoever uses it then.
     pub fn open_device_ahead() {
-        if let Ok(device) = open_device() {
-            OPENED.get_or_init(|| device);
-        }
+        OPENED.get_or_init(open_device);
     }
 
     fn open_fd() -> io::Result<OwnedFd> {
@@ -136,7 +134,8 @@ impl Userfault {
             )
         };
         let device = match OPENED.get() {
-            Some(device) => device,
+            Some(Ok(device)) => device,
+            Some(Err(error)) => return Err(refused(io::Error::from(error.kind()))),
             None => &open_device().map_err(refused)?,
         };
         // SAFETY: as above; the device's one ioctl takes flags.
