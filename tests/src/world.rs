@@ -468,8 +468,19 @@ impl World {
     /// file back some milliseconds after the last process that mapped it was reaped.
     #[track_caller]
     pub fn await_usage(&self, expected: ((usize, usize, usize), u64)) {
+        self.await_usage_within(expected, 0);
+    }
+
+    /// As [`World::await_usage`], with up to `more_bytes` more in the arena: what an earlier cut waited for
+    /// may have been published meanwhile.
+    #[track_caller]
+    pub fn await_usage_within(&self, expected: ((usize, usize, usize), u64), more_bytes: u64) {
+        let (counts, bytes) = expected;
+        let is_so = |usage: ((usize, usize, usize), u64)| {
+            usage.0 == counts && (bytes..=bytes + more_bytes).contains(&usage.1)
+        };
         let begun = Instant::now();
-        while self.usage() != expected {
+        while !is_so(self.usage()) {
             let (usage, is_late) = (self.usage(), begun.elapsed() > PATIENCE);
             assert!(!is_late, "cuts, nodes and records, and bytes: {usage:?}, not {expected:?}");
             std::thread::yield_now();
