@@ -8,10 +8,8 @@ T ?= 1m
 TARGET ?= kernels
 
 .DEFAULT_GOAL := help
-.PHONY: conformance
-.PHONY: coverage miri
-.PHONY: torture fuzz
-.PHONY: help build static demo bench bench-smoke test api-check lint fmt linux-guest linux-guest-if-possible linux-figures clean
+.PHONY: help build static demo bench bench-smoke torture fuzz test api-check conformance lint coverage miri fmt \
+	linux-guest linux-guest-if-possible linux-figures clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
