@@ -174,3 +174,16 @@ fn a_keeper_opens_and_locks_what_its_user_may() {
         assert_eq!(limit.current, limit.maximum, "{resource:?}");
     }
 }
+
+/// A colony's pool begins to fill by itself: who waits for it waits for members of others too.
+#[test]
+fn a_warm_pool_is_full() {
+    if !can_run("a_warm_pool_is_full", GuestKind::Thread) {
+        return;
+    }
+    for _ in 0..20 {
+        let colony = without_vms(1, Limits::default());
+        colony.warm().expect("members can be had");
+        assert_eq!(colony.pooled().len(), colony.config().pool);
+    }
+}

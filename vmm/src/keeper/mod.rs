@@ -290,7 +290,13 @@ impl Colony {
     /// # Errors
     /// A member could not be made.
     pub fn warm(&self) -> Result<(), ColonyError> {
-        self.shared.fill_pool()
+        loop {
+            self.shared.fill_pool()?;
+            // Others may be making the last ones, and may fail.
+            if self.shared.is_pool_full_at_rest() {
+                return Ok(());
+            }
+        }
     }
 
     /// The member of a VM.
@@ -432,6 +438,15 @@ impl Shared {
         is_growing
     }
 
+    /// Waits while members are being made for the pool. Whether it is full then.
+    fn is_pool_full_at_rest(&self) -> bool {
+        let is_growing = |inner: &mut Inner| inner.growing > 0;
+        let waited = self.changed.wait_timeout_while(self.lock(), ANSWER_LIMIT, is_growing);
+        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        inner.pool.retain(|member| member.is_alive());
+        inner.pool.len() >= self.config.pool
+    }
+
     /// Up to `count` members from the pool.
     fn take_pooled(&self, count: usize) -> Vec<Arc<MemberHandle>> {
         let mut inner = self.lock();
@@ -506,12 +521,13 @@ impl Shared {
             let member = self.make_member();
             let mut inner = self.lock();
             inner.growing -= 1;
+            // Also if it could not be made: some wait while it may come.
+            self.changed.notify_all();
             let member = member?;
             // Its death may have been booked already.
             if member.is_alive() {
                 inner.pool.push_back(member);
             }
-            self.changed.notify_all();
         }
     }
 

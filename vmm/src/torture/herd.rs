@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,8 +49,8 @@ pub struct Herd<'a> {
     pressure: &'a Pressure,
     /// Processes that the host had killed when the round began.
     killed_before: u64,
-    /// Descriptors of this process before there was a VM.
-    descriptors: usize,
+    /// What this process had open before there was a VM.
+    descriptors: Vec<String>,
     /// What was done.
     pub summary: Summary,
 }
@@ -418,15 +419,18 @@ impl<'a> Herd<'a> {
             self.colony.warm().map_err(|error| Finding(error.to_string()))?;
             let structure = self.colony.structure_counts();
             let arena_bytes = self.colony.arena_used_bytes().map_err(|error| Finding(error.to_string()))?;
-            let more = descriptors().saturating_sub(self.descriptors);
-            if structure == (0, 0, 0) && arena_bytes == 0 && more == 0 {
+            let mut more = descriptors();
+            for before in &self.descriptors {
+                more.iter().position(|now| now == before).map(|at| more.swap_remove(at));
+            }
+            if structure == (0, 0, 0) && arena_bytes == 0 && more.is_empty() {
                 return Ok(());
             }
             if begun.elapsed() > PATIENCE {
                 let (cuts, nodes, records) = structure;
                 return Err(Finding(format!(
                     "all vms are gone, and there are {cuts} cuts, {nodes} nodes, {records} records, \
-                     {arena_bytes} bytes in the arena and {more} descriptors too many"
+                     {arena_bytes} bytes in the arena; too many descriptors: {more:?}"
                 )));
             }
             // The host's kernel gives the memory of a file back some time after its last mapping.
@@ -500,7 +504,15 @@ const PINS: u64 = 64;
 /// What the built-in guest uses besides the memory that it dirties, in MiB: see `guest/src/options.rs`.
 const GUEST_OVERHEAD_MIB: u64 = 13 + (PINS << PAGE_SHIFT >> 20) + 1;
 
-/// Open descriptors of this process.
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
+/// What this process has open, as the host names it; what it has several of comes several times. Sockets and
+/// pipes have numbers, which say nothing.
+fn descriptors() -> Vec<String> {
+    let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let name = |link: PathBuf| {
+        let link = link.to_string_lossy();
+        link.trim_end_matches(|letter: char| letter.is_ascii_digit() || letter == ']').to_owned()
+    };
+    // The directory that is read is gone by now.
+    let names = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok()).map(name);
+    names.collect()
 }
