@@ -1,16 +1,18 @@
-//! `salp run --kernel` and `salp console` at a terminal: each key goes to the guest, Ctrl-] leaves, and the
-//! terminal is what it was, whatever ends them.
+//! `salp run` and `salp console` at a terminal: each key goes to the guest, Ctrl-] leaves it running, and the
+//! terminal is what it was, whatever ends them. What nobody has left ends with whoever shows it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use salp_tests::images::{ECHO, EXIT_7, bare_image};
-use salp_tests::procs::{children, settled};
+use salp_tests::procs::{children, entries, settled};
 use salp_tests::user::{User, signal};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -63,15 +65,20 @@ impl Terminal {
     }
 
     /// Reads until `word` is there.
+    #[track_caller]
     fn await_text(&mut self, word: &str) {
+        let limit = Timespec::try_from(LIMIT).expect("seconds");
         while !String::from_utf8_lossy(&self.said).contains(word) {
             let mut chunk = [0; 256];
+            let ready = poll(&mut [PollFd::new(&self.keyboard, PollFlags::IN)], Some(&limit));
+            assert_eq!(ready, Ok(1), "no {word:?} in {:?}", String::from_utf8_lossy(&self.said));
             let count = self.keyboard.read(&mut chunk).expect("it is open here");
             self.said.extend(&chunk[..count]);
         }
     }
 
-    fn end(mut self, status: i32) {
+    /// Returns the terminal.
+    fn end(mut self, status: i32) -> Self {
         let ended = settled(LIMIT, || self.child.try_wait().expect("it is ours"), Option::is_some);
         assert_eq!(
             ended.and_then(|ended| ended.code()),
@@ -79,7 +86,12 @@ impl Terminal {
             "{}",
             String::from_utf8_lossy(&self.said)
         );
-        assert!(!self.is_raw(), "the terminal stays raw");
+        let modes = tcgetattr(&self.line).expect("a terminal").local_modes;
+        assert!(
+            modes.contains(LocalModes::ICANON | LocalModes::ISIG | LocalModes::ECHO),
+            "it stays {modes:?}"
+        );
+        self
     }
 }
 
@@ -90,7 +102,7 @@ fn keys_go_to_the_guest_until_the_leave_key() {
     let kernel = user.file("echo", &bare_image(ECHO));
     let run = ["run", "--memory", "16M", "--name", "a", "--kernel", &kernel];
     let Some(mut run) = Terminal::start(test, &user, &run) else { return };
-    run.await_text("a runs: `salp fork a` clones it, Ctrl-] ends it");
+    run.await_text("a runs: `salp fork a` clones it, Ctrl-] leaves it running");
     assert!(run.is_raw());
     // Ctrl-C and Ctrl-D are keys as others are.
     run.press(b"one\x03\x04two");
@@ -105,9 +117,110 @@ fn keys_go_to_the_guest_until_the_leave_key() {
     console.end(0);
     assert_eq!(user.vm("b")["state"], "running");
     assert_eq!((user.console("a").as_str(), user.console("b").as_str()), ("one\x03\x04two", "three"));
-    run.press(b"\x1d");
-    run.end(130);
+    user.succeed(&["stop", "b"]);
+    user.succeed(&["stop", "a"]);
+    run.await_text("salp: a was stopped");
+    run.end(143);
     std::fs::remove_file(kernel).expect("it is ours");
+    user.end();
+}
+
+/// Whether a process has the terminal open.
+fn holds(pid: u64, terminal: &Terminal) -> bool {
+    let end = std::fs::read_link(format!("/proc/self/fd/{}", terminal.line.as_raw_fd())).expect("it is open");
+    let descriptors = format!("/proc/{pid}/fd");
+    let names = entries(&descriptors);
+    assert!(!names.is_empty(), "{pid} is there");
+    names.iter().any(|name| std::fs::read_link(format!("{descriptors}/{name}")).is_ok_and(|to| to == end))
+}
+
+#[test]
+fn a_run_that_is_left_goes_on_and_can_be_come_back_to() {
+    let test = "terminal-left";
+    let Some(user) = User::new(test) else { return };
+    let kernel = user.file("echo", &bare_image(ECHO));
+    let run = ["run", "--memory", "16M", "--name", "a", "--kernel", &kernel];
+    let Some(mut run) = Terminal::start(test, &user, &run) else { return };
+    run.await_text("Ctrl-] leaves it running");
+    run.press(b"one");
+    run.await_text("one");
+    run.press(b"\x1d");
+    run.await_text("a runs on: `salp console a` comes back to it, `salp stop a` ends it");
+    let line = run.end(0);
+    let vm = user.vm("a");
+    assert_eq!(vm["state"], "running");
+    for process in ["pid", "keeper_pid"] {
+        assert!(!holds(vm[process].as_u64().expect("a number"), &line), "the {process} has the terminal");
+    }
+    drop(line);
+    let mut console = Terminal::start(test, &user, &["console", "a"]).expect("as before");
+    console.await_text("one");
+    console.press(b"two");
+    console.await_text("onetwo");
+    console.press(b"\x1d");
+    console.end(0);
+    user.succeed(&["stop", "a"]);
+    // Ctrl-C is the terminal's where the guest reads nothing.
+    let mut run =
+        Terminal::start(test, &user, &["run", "--memory", "16M", "--name", "b"]).expect("as before");
+    run.await_text("b runs: `salp fork b` clones it, Ctrl-C ends it, Ctrl-] leaves it running");
+    run.press(b"lost\x1d");
+    run.await_text("b runs on");
+    run.end(0);
+    assert_eq!(user.vm("b")["state"], "running");
+    let mut run =
+        Terminal::start(test, &user, &["run", "--memory", "16M", "--name", "c"]).expect("as before");
+    run.await_text("leaves it running");
+    run.press(b"\x03");
+    run.await_text("interrupted, everything is ended");
+    run.end(130);
+    assert_eq!(user.succeed(&["ps", "-q"]), "b\n");
+    user.succeed(&["stop", "b"]);
+    std::fs::remove_file(kernel).expect("it is ours");
+    user.end();
+}
+
+#[test]
+fn what_nobody_has_left_ends_with_its_terminal() {
+    let test = "terminal-gone";
+    let Some(user) = User::new(test) else { return };
+    let run = ["run", "--memory", "16M", "--name", "a"];
+    let Some(mut run) = Terminal::start(test, &user, &run) else { return };
+    run.await_text("leaves it running");
+    signal(salp_of(&run), Signal::KILL);
+    run.child.wait().expect("it is ours");
+    let nobody = |user: &User| settled(LIMIT, || user.ps(), Vec::is_empty);
+    assert!(nobody(&user).is_empty(), "it runs on after a kill");
+    let mut run =
+        Terminal::start(test, &user, &["run", "--memory", "16M", "--name", "a"]).expect("as before");
+    run.await_text("leaves it running");
+    let Terminal { keyboard, mut child, .. } = run;
+    drop(keyboard);
+    child.wait().expect("it is ours");
+    assert!(nobody(&user).is_empty(), "it runs on without a terminal");
+    user.end();
+}
+
+#[test]
+fn clones_of_a_run_that_has_ended_can_be_left() {
+    let test = "terminal-clones";
+    let Some(user) = User::new(test) else { return };
+    // All that it says is shown, however soon it ends.
+    let run = ["run", "--memory", "16M", "--name", "a", "--cmdline", "case=idle us=1 rounds=1 say=1"];
+    let Some(mut run) = Terminal::start(test, &user, &run) else { return };
+    run.await_text("vm 1 round 1");
+    run.end(0);
+    let run = ["run", "--memory", "16M", "--name", "a", "--cmdline", "case=idle us=100000 rounds=30"];
+    let mut run = Terminal::start(test, &user, &run).expect("as before");
+    run.await_text("leaves it running");
+    user.succeed(&["fork", "a", "--paused"]);
+    run.await_text("a ended with 0; its clones go on");
+    assert!(!run.is_raw());
+    run.press(b"\x1d");
+    run.await_text("the clones of a run on");
+    run.end(0);
+    assert_eq!(user.vm("a-1")["state"], "paused");
+    user.succeed(&["stop", "a-1"]);
     user.end();
 }
 
@@ -130,10 +243,10 @@ fn whatever_ends_it_the_terminal_is_what_it_was() {
     for (number, status) in [(Signal::TERM, 143), (Signal::HUP, 129), (Signal::QUIT, 131)] {
         let run = ["run", "--memory", "16M", "--name", "a", "--kernel", &kernel];
         let Some(mut run) = Terminal::start(test, &user, &run) else { return };
-        run.await_text("ends it");
+        run.await_text("leaves it running");
         let mut console = Terminal::start(test, &user, &["console", "a"]).expect("as before");
         console.await_text("leaves it");
-        settled(LIMIT, || console.is_raw(), |is_raw| *is_raw);
+        settled(LIMIT, || console.is_raw() && run.is_raw(), |is_raw| *is_raw);
         assert!(console.is_raw() && run.is_raw());
         signal(salp_of(&console), number);
         console.end(status);
@@ -143,13 +256,6 @@ fn whatever_ends_it_the_terminal_is_what_it_was() {
     let exit = user.file("exit", &bare_image(EXIT_7));
     let run = ["run", "--memory", "16M", "--name", "a", "--kernel", &exit];
     Terminal::start(test, &user, &run).expect("as before").end(7);
-    // The built-in guest reads nothing: Ctrl-C is the terminal's.
-    let run = ["run", "--memory", "16M", "--name", "a"];
-    let mut run = Terminal::start(test, &user, &run).expect("as before");
-    run.await_text("Ctrl-C ends it");
-    assert!(!run.is_raw());
-    run.press(b"\x03");
-    run.end(130);
     for file in [kernel, exit] {
         std::fs::remove_file(file).expect("it is ours");
     }

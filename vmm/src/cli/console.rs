@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use super::client;
 use super::vms::NameArguments;
 use crate::control::ControlError;
-use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Over, Source};
+use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Manner, Over, Source};
 
 /// `salp console`.
 ///
@@ -16,8 +16,8 @@ pub fn console(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
     let name = &arguments.name;
     // Before anything is done to the terminal.
     client().view(name)?;
-    let input = Input::open()?;
-    if input.source == Source::Raw {
+    let input = Input::open(Manner::Raw)?;
+    if input.source == Source::Terminal {
         restore_at_signals()?;
         eprintln!("salp: this is the console of {name}; {LEAVE_KEY_NAME} leaves it");
     }
@@ -30,7 +30,7 @@ pub fn console(arguments: &NameArguments) -> Result<ExitCode, ControlError> {
         }
         Ok(()) => {
             drop(input);
-            if source == Source::Raw {
+            if source == Source::Terminal {
                 say_how_it_ended(name);
             }
             Ok(ExitCode::SUCCESS)

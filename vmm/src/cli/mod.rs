@@ -1,5 +1,7 @@
 //! The command line: what each command is called, and how its result becomes an exit status.
 
+pub mod attend;
+pub mod background;
 pub mod bench;
 pub mod console;
 pub mod demo;
@@ -64,9 +66,10 @@ enum Command {
     Demo(demo::DemoArguments),
     /// Start a VM; it can then be forked from elsewhere
     ///
-    /// In the foreground its console is the terminal. With --kernel it gets standard input too: at a
-    /// terminal every key, Ctrl-C included, until Ctrl-] ends everything. Exit status: the guest's; 0 if it
-    /// halts or resets its machine; 134 if it crashes; 130 after Ctrl-C or Ctrl-]; 143 after `salp stop`.
+    /// In the foreground its console is the terminal: Ctrl-C ends everything, Ctrl-] leaves it running in
+    /// the background, and `salp console` comes back. With --kernel it gets standard input too: at a
+    /// terminal every key, Ctrl-C included, until Ctrl-] leaves. Exit status: the guest's; 0 if it halts,
+    /// resets its machine or is left; 134 if it crashes; 130 after Ctrl-C; 143 after `salp stop`.
     Run(run::RunArguments),
     /// Clone a running VM
     Fork(fork::ForkArguments),
@@ -178,9 +181,9 @@ fn run_hidden() -> Option<ExitCode> {
     if argument == ZYGOTE_ARGUMENT {
         logging::start();
         Some(end(zygote::run().map(|()| ExitCode::SUCCESS)))
-    } else if argument == run::KEEPER_ARGUMENT {
+    } else if argument == background::KEEPER_ARGUMENT {
         logging::start();
-        Some(end(run::keep(&hidden.next().unwrap_or_default().to_string_lossy())))
+        Some(end(background::keep(&hidden.next().unwrap_or_default().to_string_lossy())))
     } else if argument == BASELINE_ARGUMENT {
         logging::start();
         Some(end(baseline::run().map(|()| ExitCode::SUCCESS)))

@@ -1,9 +1,8 @@
-//! `salp run`: this process, or one in the background, becomes the keeper of a new colony.
+//! `salp run`: this process, or one in the background, becomes the keeper of a new colony. At a terminal it
+//! is one in the background, which is [attended](attend) until the user leaves it.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::fd::{AsFd as _, RawFd};
-use std::os::unix::net::UnixStream;
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -11,28 +10,20 @@ use clap::{ArgGroup, Args};
 use thiserror::Error;
 
 use super::memory::{self, BUILTIN_LEAST_BYTES, MemoryError};
-use super::{interrupt, size};
-use crate::control::ControlError;
-use crate::control::VmState;
-use crate::control::client::Client;
+use super::{attend, background, interrupt, size};
 use crate::control::config::{LimitsConfig, VmConfig};
-use crate::control::place::{Place, check_name};
-use crate::control::registry::Entry;
+use crate::control::place::check_name;
 use crate::control::service::{Keeper, Outcome, Settings};
-use crate::control::terminal::{self, Input, LEAVE_KEY_NAME, Source};
-use crate::ipc::spawn::{self, SpawnError};
+use crate::control::{ControlError, VmState, terminal};
+use crate::ipc::spawn::SpawnError;
 use crate::keeper::limits::Limits;
 use crate::kvm::{Kvm, KvmError};
 use crate::member::confine::Confinement;
 use crate::member::messages::HowEnded;
 use crate::words::index;
 
-/// The argument that makes `salp` a keeper in the background.
-pub const KEEPER_ARGUMENT: &str = "__keeper";
 /// More VMs than a host of today keeps alive.
 const MOST_VMS: i64 = 4096;
-/// The descriptor at which it says whether it could start.
-const REPORT_NUMBER: RawFd = 3;
 
 /// What runs.
 #[derive(Debug, Args)]
@@ -116,39 +107,40 @@ pub enum RunError {
     Host(#[from] std::io::Error),
 }
 
-/// Runs a VM to its end, or starts it in the background.
+/// Runs a VM to its end, or starts it in the background. At a terminal its keeper is in the background
+/// too, and this process shows what it does, so that it can be left.
 ///
 /// # Errors
 /// What kept it from starting; a guest's end is no error but an exit status.
 pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     let settings = settings(arguments)?;
     if arguments.detach {
-        return detach(&settings);
+        return background::detach(&settings);
     }
-    // The built-in guest reads nothing: its terminal stays as it is.
-    let has_input = settings.kernel.is_some();
+    if terminal::is_ours() {
+        return attend::attend(&settings);
+    }
+    // The built-in guest reads nothing.
+    let is_fed = settings.kernel.is_some() && !std::io::stdin().is_terminal();
     let keeper = Keeper::start(settings)?;
     let name = keeper.root()?.name;
-    let input = has_input.then(Input::open).transpose()?;
-    let source = input.as_ref().map_or(Source::Nobody, |input| input.source);
-    let key = if source == Source::Raw { LEAVE_KEY_NAME } else { "Ctrl-C" };
-    eprintln!("salp: {name} runs: `salp fork {name}` clones it, {key} ends it");
+    eprintln!("salp: {name} runs: `salp fork {name}` clones it, Ctrl-C ends it");
     keeper.show_console()?;
-    keeper.feed_console(source)?;
+    if is_fed {
+        keeper.feed_console()?;
+    }
     let outcome = keeper.run(|root| {
-        terminal::restore();
         let how = root.state.describe();
         let name = &root.name;
         eprintln!("salp: {name} {how}; its clones go on (`salp ps` lists them, Ctrl-C ends them)");
     })?;
-    drop(input);
     Ok(exit_code(&name, &outcome))
 }
 
 /// Exit status after a guest's crash, as after SIGABRT.
 const CRASHED: u8 = 134;
 /// Exit status after the end of a VM's process, as after SIGKILL.
-const KILLED: u8 = 137;
+pub(super) const KILLED: u8 = 137;
 
 /// The exit status of `salp run` after a VM's end.
 pub(super) fn status(state: &VmState) -> u8 {
@@ -180,7 +172,8 @@ fn verdict(name: &str, outcome: &Outcome) -> (u8, Option<String>) {
     (status, Some(format!("{name} {said}")))
 }
 
-fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
+/// The exit status after a colony's end, which is said.
+pub(super) fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
     let (status, said) = verdict(name, outcome);
     if let Some(said) = said {
         eprintln!("salp: {said}");
@@ -189,7 +182,7 @@ fn exit_code(name: &str, outcome: &Outcome) -> ExitCode {
 }
 
 /// What a VM in the background leaves that has ended badly, before anybody could have known it.
-fn last_words(name: &str, outcome: &Outcome) -> Option<String> {
+pub(super) fn last_words(name: &str, outcome: &Outcome) -> Option<String> {
     let is_bad = matches!(&outcome.root, VmState::Ended { .. }) && outcome.signal.is_none();
     let (status, said) = verdict(name, outcome);
     let output = outcome.last_output.as_ref().filter(|_| is_bad && status != 0)?;
@@ -257,64 +250,4 @@ fn readable(option: &'static str, path: &Path) -> Result<PathBuf, RunError> {
         return Err(wrong("it is no regular file".to_owned()));
     }
     std::path::absolute(path).map_err(|error| wrong(error.to_string()))
-}
-
-/// Starts a keeper in the background, and waits until its colony answers.
-fn detach(settings: &Settings) -> Result<ExitCode, RunError> {
-    let (ours, theirs) = UnixStream::pair()?;
-    let text = serde_json::to_string(settings).map_err(std::io::Error::from)?;
-    let arguments = [KEEPER_ARGUMENT.as_ref(), text.as_ref()];
-    let child = spawn::spawn_self(&arguments, &[], &[(theirs.as_fd(), REPORT_NUMBER)])?;
-    drop(theirs);
-    let mut line = String::new();
-    BufReader::new(ours).read_line(&mut line)?;
-    if line.is_empty() {
-        return Err(RunError::Background(format!("the keeper in the background {}", child.wait()?)));
-    }
-    let report: Result<String, String> = serde_json::from_str(&line).map_err(std::io::Error::from)?;
-    let name = report.map_err(RunError::Background)?;
-    // From here on the colony is nobody's child, even if it has ended already.
-    child.leave_running();
-    match Client::new(Place::of_user()).view(&name) {
-        Ok(_) | Err(ControlError::Unknown(_)) => {}
-        Err(error) => return Err(error.into()),
-    }
-    writeln!(std::io::stdout(), "{name}")?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// The whole life of a keeper in the background.
-///
-/// # Errors
-/// It was not started by `salp run --detach`, which is told everything else.
-pub fn keep(settings: &str) -> Result<ExitCode, RunError> {
-    let mut report = UnixStream::from(spawn::adopt(REPORT_NUMBER)?);
-    let started = start_in_background(settings);
-    let told = started.as_ref().map(|(_, root)| root.name.clone()).map_err(RunError::to_string);
-    let line = serde_json::to_string(&told).map_err(std::io::Error::from)?;
-    // Nobody there: Ctrl-C came before the name was printed, and nobody would know of this colony.
-    let is_told = writeln!(report, "{line}");
-    drop(report);
-    // It was told, and says it.
-    let Ok((keeper, root)) = started else { return Ok(ExitCode::FAILURE) };
-    is_told?;
-    let outcome = keeper.run(|_| ())?;
-    if let Some(words) = last_words(&root.name, &outcome) {
-        Place::of_user().leave_last_words(&root.name, &words)?;
-    }
-    Ok(exit_code(&root.name, &outcome))
-}
-
-fn start_in_background(settings: &str) -> Result<(Keeper, Entry), RunError> {
-    let settings: Settings = serde_json::from_str(settings).map_err(std::io::Error::from)?;
-    // A session of its own: no terminal's signals.
-    rustix::process::setsid().map_err(std::io::Error::from)?;
-    let nothing = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&nothing).map_err(std::io::Error::from)?;
-    rustix::stdio::dup2_stdout(&nothing).map_err(std::io::Error::from)?;
-    // Whatever directory this was started in may go.
-    std::env::set_current_dir("/")?;
-    let keeper = Keeper::start(settings)?;
-    let root = keeper.root()?;
-    Ok((keeper, root))
 }

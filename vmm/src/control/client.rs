@@ -194,11 +194,18 @@ impl Client {
     /// # Errors
     /// There is none of that name, `out` refused, or the colony was killed.
     pub fn console(&self, name: &str, out: &mut dyn Write) -> Result<(), ControlError> {
-        self.connect(name)?.stream(&vm_path(name, "/console"), Some(LIST_LIMIT), &mut |chunk| {
-            out.write_all(chunk)?;
-            out.flush()?;
-            Ok(ControlFlow::Continue(()))
-        })
+        self.follow_console(name)?.copy_to(out)
+    }
+
+    /// A VM's console output, from its beginning to the VM's end: all of it comes, even if the VM ends
+    /// before it is read.
+    ///
+    /// # Errors
+    /// There is none of that name, or what its colony said.
+    pub fn follow_console(&self, name: &str) -> Result<ConsoleOutput, ControlError> {
+        let mut connection = self.connect(name)?;
+        let body = connection.open(&vm_path(name, "/console"), Some(LIST_LIMIT))?;
+        Ok(ConsoleOutput { connection, body })
     }
 
     /// Tells what happens in a VM's colony from now on, until `take` has had enough, or the colony ends.
@@ -241,6 +248,27 @@ impl Client {
             Found::Stale => Err(ControlError::Stale(name.to_owned())),
             Found::Nothing => Err(ControlError::Unknown(name.to_owned())),
         }
+    }
+}
+
+/// What a VM writes, as it comes.
+pub struct ConsoleOutput {
+    connection: Connection,
+    body: Incoming,
+}
+
+impl ConsoleOutput {
+    /// Writes all of it to `out`, until the VM has ended.
+    ///
+    /// # Errors
+    /// `out` refused, or the colony was killed.
+    pub fn copy_to(self, out: &mut dyn Write) -> Result<(), ControlError> {
+        let Self { mut connection, body } = self;
+        connection.read(body, &mut |chunk| {
+            out.write_all(chunk)?;
+            out.flush()?;
+            Ok(ControlFlow::Continue(()))
+        })
     }
 }
 
@@ -312,9 +340,18 @@ impl Connection {
         limit: Option<Duration>,
         take: &mut Take<'_>,
     ) -> Result<(), ControlError> {
-        let response =
-            self.send(limit.unwrap_or(Duration::MAX), request(Method::GET, path, Body::empty())?)?;
-        let mut body = response.into_body();
+        let body = self.open(path, limit)?;
+        self.read(body, take)
+    }
+
+    /// Asks for what goes on. The answer begins within `limit`, if there is one.
+    fn open(&mut self, path: &str, limit: Option<Duration>) -> Result<Incoming, ControlError> {
+        let request = request(Method::GET, path, Body::empty())?;
+        Ok(self.send(limit.unwrap_or(Duration::MAX), request)?.into_body())
+    }
+
+    /// Gives `take` what comes for as long as it likes.
+    fn read(&mut self, mut body: Incoming, take: &mut Take<'_>) -> Result<(), ControlError> {
         while let Some(frame) = self.runtime.block_on(body.frame()) {
             if let Some(chunk) = frame.map_err(broken)?.data_ref()
                 && take(chunk)?.is_break()

@@ -21,7 +21,7 @@ use super::metrics::Counts;
 use super::place::{Locked, Place};
 use super::registry::{Entry, Happening, Registry};
 use super::server::Server;
-use super::terminal::{self, Over, Source, deliver};
+use super::terminal::{self, Source, deliver};
 use super::{ControlError, VmState, lock};
 use crate::family::VmId;
 use crate::keeper::fork::{Cloned, ForkTimes, Forked};
@@ -55,12 +55,12 @@ pub struct Settings {
     /// What members may ask of the host.
     #[serde(default)]
     pub seccomp: Confinement,
-    /// The keeper is no terminal's: its errors go to a file beside the socket.
+    /// Nobody sees the keeper's standard error: it is a file beside the socket.
     pub is_background: bool,
 }
 
 /// How a colony ended.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// The signal that ended it, if one did.
     pub signal: Option<i32>,
@@ -149,7 +149,8 @@ impl Keeper {
         let presence = Presence { place: place.clone(), socket: socket.clone() };
         let (listener, name) = prepared?;
         if settings.is_background {
-            redirect_errors(place.log(std::process::id()))?;
+            let log = create_log(&place)?;
+            rustix::stdio::dup2_stderr(&log).map_err(std::io::Error::from)?;
         }
         let console = Arc::new(create_console(&place, &name)?);
         let colony = Colony::new(config(&settings)?)?;
@@ -209,26 +210,37 @@ impl Keeper {
         Ok(())
     }
 
-    /// Gives the first VM what comes from `source`, in a thread of its own. The leave key ends the colony
-    /// as SIGINT does.
+    /// Gives the first VM what comes from standard input, which is no terminal, in a thread of its own.
     ///
     /// # Errors
     /// The host has no room for a thread.
-    pub fn feed_console(&self, source: Source) -> Result<(), ControlError> {
+    pub fn feed_console(&self) -> Result<(), ControlError> {
         let (service, name) = (Arc::clone(&self.service), self.root()?.name);
         let run = move || {
-            let over = terminal::pump(source, |typed| {
-                let delivered = deliver(source, typed, |rest| service.input(&name, rest));
+            let over = terminal::pump(Source::Plain, |typed| {
+                let delivered = deliver(Source::Plain, typed, |rest| service.input(&name, rest));
                 delivered.inspect_err(|error| tracing::debug!(%error, "console input ends")).is_ok()
             });
-            match over {
-                Ok(Over::Left) => service.registry.tell(Happening::Signal(signal_hook::consts::SIGINT)),
-                Ok(Over::Ended) => {}
-                Err(error) => tracing::warn!(%error, "standard input cannot be read"),
+            if let Err(error) = over {
+                tracing::warn!(%error, "standard input cannot be read");
             }
         };
         std::thread::Builder::new().name("input".to_owned()).spawn(run)?;
         Ok(())
+    }
+
+    /// Ends the colony, from any thread, as the signal does that it is given.
+    pub fn ender(&self) -> impl Fn(i32) + Send + use<> {
+        let registry = Arc::clone(&self.service.registry);
+        move |signal| registry.tell(Happening::Signal(signal))
+    }
+
+    /// A new file for what this process has to say when no terminal shows it. It goes with the colony.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn log(&self) -> Result<File, ControlError> {
+        create_log(&self.service.place)
     }
 
     /// Keeps the colony until its last VM has ended, or a signal comes. `on_root_end` is told when the
@@ -469,7 +481,6 @@ fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for (seen, signal) in signals.forever().enumerate() {
             if seen > 0 {
-                terminal::restore();
                 std::process::exit(128 + signal);
             }
             registry.tell(Happening::Signal(signal));
@@ -491,10 +502,10 @@ pub(super) fn create_console(place: &Place, name: &str) -> Result<Console, Contr
     Console::create(path.clone()).map_err(|source| ControlError::Host { action: "make", path, source })
 }
 
-fn redirect_errors(path: PathBuf) -> Result<(), ControlError> {
+fn create_log(place: &Place) -> Result<File, ControlError> {
+    let path = place.log(std::process::id());
     let log = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path);
-    let redirected = log.and_then(|log| Ok(rustix::stdio::dup2_stderr(&log)?));
-    redirected.map_err(|source| ControlError::Host { action: "make", path, source })
+    log.map_err(|source| ControlError::Host { action: "make", path, source })
 }
 
 fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {

@@ -1,42 +1,59 @@
-//! The user's terminal: raw while a guest has it, as it was when that is over; and what is typed.
+//! The user's terminal: each key by itself while a guest has it, as it was when that is over; and what is
+//! typed.
 //!
-//! Raw means that every key goes to the guest, Ctrl-C too; only [`LEAVE_KEY`] is kept. Output is still
-//! processed, so that a guest's newline begins a line. A terminal is made raw only if standard input and
-//! output are both that, and this process is in its foreground: in the background, reading or changing it
-//! would stop the process, and with a keeper its VMs.
+//! | manner | keys | Ctrl-C |
+//! |---|---|---|
+//! | [`Manner::Raw`] | go to the guest, but for [`LEAVE_KEY`] | a key as others are |
+//! | [`Manner::Watched`] | are for nobody, but for [`LEAVE_KEY`] | SIGINT; Ctrl-Z does nothing |
+//!
+//! Output is processed in both, so that a guest's newline begins a line. A terminal is changed only if
+//! standard input and output are both that, and this process is in its foreground: in the background,
+//! reading or changing it would stop the process.
 //!
 //! # Known hole
-//! After SIGKILL the terminal stays raw (`reset` mends it), and the leave key cannot be sent to a guest.
+//! After SIGKILL the terminal stays as it is (`reset` mends it), and the leave key cannot be sent to a
+//! guest.
 
 use std::io::{self, IsTerminal as _};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::termios::{
+    LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr,
+};
 
-/// Ctrl-]: leaves the guest's console.
+/// Ctrl-]: leaves the guest's console; the guest goes on.
 pub const LEAVE_KEY: u8 = 0x1d;
 /// The leave key for people.
 pub const LEAVE_KEY_NAME: &str = "Ctrl-]";
 /// Read at once.
 const CHUNK_BYTES: usize = 4096;
 
-/// What the terminal was like, while it is raw.
+/// What the terminal was like, while a guest has it.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// What keys do; see the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// All go to the guest.
+    Raw,
+    /// The terminal's signals stay what they are; the guest gets nothing.
+    Watched,
+}
 
 /// Where input comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// A terminal, which is raw now.
-    Raw,
+    /// A terminal that was taken.
+    Terminal,
     /// A file or pipe.
     Plain,
     /// A terminal that is not to be touched: nothing is read.
     Nobody,
 }
 
-/// Makes the terminal raw where it is one, until it is dropped or [`restore`] is called.
+/// The terminal, if it was taken: it is given back when this is dropped or [`restore`] is called.
 #[derive(Debug)]
 pub struct Input {
     /// Where it comes from.
@@ -44,26 +61,17 @@ pub struct Input {
 }
 
 impl Input {
-    /// Looks what standard input is.
+    /// Looks what standard input is, and takes it where it is a terminal that may be taken.
     ///
     /// # Errors
     /// The terminal refused.
-    pub fn open() -> io::Result<Self> {
-        if !io::stdin().is_terminal() {
-            return Ok(Self { source: Source::Plain });
-        }
-        let is_ours = tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
-        if !is_ours || !stdout().is_terminal() {
-            return Ok(Self { source: Source::Nobody });
-        }
-        let before = tcgetattr(stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        raw.output_modes |= OutputModes::OPOST;
-        // Before the change: from here on whatever ends this process finds what to set.
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-        Ok(Self { source: Source::Raw })
+    pub fn open(manner: Manner) -> io::Result<Self> {
+        let source = match () {
+            () if !io::stdin().is_terminal() => Source::Plain,
+            () if take(manner)? => Source::Terminal,
+            () => Source::Nobody,
+        };
+        Ok(Self { source })
     }
 }
 
@@ -73,12 +81,49 @@ impl Drop for Input {
     }
 }
 
+/// Whether standard input and output are a terminal that this process may change.
+#[must_use]
+pub fn is_ours() -> bool {
+    let is_in_front = || tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
+    io::stdin().is_terminal() && stdout().is_terminal() && is_in_front()
+}
+
+/// Makes the terminal give each key by itself from now on. Returns whether it is this process's.
+///
+/// # Errors
+/// The terminal refused.
+pub fn take(manner: Manner) -> io::Result<bool> {
+    if !is_ours() {
+        return Ok(false);
+    }
+    let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = saved.take().map_or_else(|| tcgetattr(stdin()), Ok)?;
+    let mut now = before.clone();
+    match manner {
+        Manner::Raw => {
+            now.make_raw();
+            now.output_modes |= OutputModes::OPOST;
+        }
+        Manner::Watched => {
+            now.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
+            now.special_codes[SpecialCodeIndex::VMIN] = 1;
+            now.special_codes[SpecialCodeIndex::VTIME] = 0;
+            // Off: whoever wants the terminal back leaves.
+            now.special_codes[SpecialCodeIndex::VSUSP] = 0;
+        }
+    }
+    // Before the change: from here on whatever ends this process finds what to set.
+    *saved = Some(before);
+    tcsetattr(stdin(), OptionalActions::Now, &now)?;
+    Ok(true)
+}
+
 /// Makes the terminal what it was. Does nothing where that is done already.
 pub fn restore() {
     let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take();
     // A terminal that hung up needs nothing.
     if let Some(Err(error)) = saved.map(|before| tcsetattr(stdin(), OptionalActions::Now, &before)) {
-        tracing::debug!(%error, "the terminal stays raw");
+        tracing::debug!(%error, "the terminal stays as the guest had it");
     }
 }
 
@@ -134,7 +179,7 @@ pub fn deliver<E>(
     let mut rest = typed;
     while !rest.is_empty() {
         let taken = give(rest)?;
-        if taken == 0 && source == Source::Raw {
+        if taken == 0 && source == Source::Terminal {
             break;
         }
         rest = rest.get(taken..).unwrap_or_default();
@@ -145,7 +190,7 @@ pub fn deliver<E>(
 /// What goes to the guest, and whether the user leaves.
 fn until_leave_key(source: Source, read: &[u8]) -> (&[u8], bool) {
     match read.iter().position(|&byte| byte == LEAVE_KEY) {
-        Some(at) if source == Source::Raw => (&read[..at], true),
+        Some(at) if source == Source::Terminal => (&read[..at], true),
         _ => (read, false),
     }
 }
@@ -156,8 +201,8 @@ mod tests {
 
     #[test]
     fn the_leave_key_is_one_only_at_a_terminal() {
-        assert_eq!(until_leave_key(Source::Raw, b"ab\x1dc"), (&b"ab"[..], true));
-        assert_eq!(until_leave_key(Source::Raw, b"\x03\x04"), (&b"\x03\x04"[..], false));
+        assert_eq!(until_leave_key(Source::Terminal, b"ab\x1dc"), (&b"ab"[..], true));
+        assert_eq!(until_leave_key(Source::Terminal, b"\x03\x04"), (&b"\x03\x04"[..], false));
         assert_eq!(until_leave_key(Source::Plain, b"ab\x1dc"), (&b"ab\x1dc"[..], false));
     }
 }
