@@ -10,7 +10,7 @@ use crate::keeper::fork::ForkTimes;
 use crate::member::messages::GuestKind;
 
 /// Stages that are parts of the pause.
-const PAUSE_STAGES: [&str; 6] = ["stop", "hold", "save", "copy", "protect", "resume"];
+const PAUSE_STAGES: [&str; 7] = ["stop", "hold", "save", "copy", "protect", "collect", "resume"];
 
 /// What one fork took, and when its first clone had read its first MiB, if it did.
 struct Timed {

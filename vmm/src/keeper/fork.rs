@@ -85,12 +85,14 @@ pub struct Stages {
     pub stop: f64,
     /// Completions held.
     pub hold: f64,
-    /// vCPUs and devices saved.
+    /// Devices saved; the vCPUs' threads begin to save theirs.
     pub save: f64,
     /// Pinned pages copied.
     pub copy: f64,
     /// Memory protected.
     pub protect: f64,
+    /// The rest of saving the vCPUs: all of it where there is no processor to spare.
+    pub collect: f64,
     /// Resume ordered to the last vCPU in the guest again.
     pub resume: f64,
     /// Resume ordered to the answer in the keeper: descriptors, encoding, the hop.
@@ -104,7 +106,7 @@ pub struct Stages {
 impl Stages {
     /// Each with its name.
     #[must_use]
-    pub const fn named(&self) -> [(&'static str, f64); 11] {
+    pub const fn named(&self) -> [(&'static str, f64); 12] {
         [
             ("reserve_structure", self.reserve_structure),
             ("hop_to_source", self.hop_to_source),
@@ -114,6 +116,7 @@ impl Stages {
             ("save", self.save),
             ("copy", self.copy),
             ("protect", self.protect),
+            ("collect", self.collect),
             ("resume", self.resume),
             ("clone", self.clone),
             ("enter", self.enter),
@@ -195,7 +198,8 @@ pub(super) fn times_of(
             save: us(times.held, times.saved),
             copy: forked.figures.copy.as_secs_f64() * 1e6,
             protect: forked.figures.protect.as_secs_f64() * 1e6,
-            resume: us(times.protected, reentered.max(times.resumed)),
+            collect: us(times.protected, times.collected),
+            resume: us(times.collected, reentered.max(times.resumed)),
             hop_to_keeper: us(times.resumed, forked.cut_at),
             clone: us(forked.cut_at, clone.running_at),
             enter: us(clone.running_at, entered),
@@ -574,6 +578,7 @@ impl Moments {
             held: now,
             saved: now,
             protected: now,
+            collected: now,
             resumed: now,
         };
         Self { reserved_at: now, cut_at: now, times, figures: CutFigures::default() }

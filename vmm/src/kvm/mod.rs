@@ -44,5 +44,5 @@ pub use machine::{CallOutcome, CallRegisters, End, Flow, Machine};
 pub use rest::{Doing, Rest, VcpuWatch};
 pub use run::Exits;
 pub use state::VcpuState;
-pub use vcpu::{Times, VcpuThread, resume_all, rouse_all, stop_all};
+pub use vcpu::{Times, VcpuThread, begin_save, resume_all, rouse_all, stop_all};
 pub use vm::{Irqchip, Level, Msi, Region, Vcpu, Vm, VmConfig, VmState, VouchedAddress};

@@ -16,9 +16,11 @@ use kvm_ioctls::VcpuExit;
 use salp_protocol::{call, port};
 use serde::{Deserialize, Serialize};
 
+use super::error::KvmError;
 use super::kick::StopSignal;
 use super::machine::{CallOutcome, CallRegisters, Dump, End, Flow, Machine};
 use super::poison;
+use super::state::VcpuState;
 use super::times::TimeStamps;
 use super::vm::Vcpu;
 use crate::words::{Gpa, index};
@@ -135,6 +137,15 @@ enum Cause {
 impl Running {
     pub(super) const fn new(vcpu: Vcpu) -> Self {
         Self { vcpu, open_call: None, due: Due::Nothing }
+    }
+
+    /// The state, with an open call shown as returned.
+    pub(super) fn save(&self) -> Result<VcpuState, KvmError> {
+        let mut state = self.vcpu.save()?;
+        if let Some(open) = self.open_call {
+            state.regs.rax = open.shown_rax;
+        }
+        Ok(state)
     }
 
     /// The vCPU has got another state: what was left of its last exit is of no account.

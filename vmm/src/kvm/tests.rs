@@ -366,6 +366,43 @@ fn a_state_survives_its_bytes_and_being_set() {
 }
 
 #[test]
+fn threads_save_their_own_vcpus() {
+    let kvm = kvm_or_skip!();
+    let setup = Setup::user(&kvm, guest::COUNT);
+    let thread = &setup.threads[0];
+    let registers = || thread.save().expect("stopped").regs;
+    let run = || {
+        setup.resume();
+        setup.await_progress();
+        setup.stop();
+    };
+    let have_saved = || {
+        thread.begin_save();
+        while !thread.has_saved() {
+            std::thread::yield_now();
+        }
+    };
+    run();
+    let saved_here = registers();
+    have_saved();
+    assert_eq!(registers(), saved_here);
+    assert!(!thread.has_saved(), "it was taken");
+    // What nobody has taken is past when the vCPU runs.
+    have_saved();
+    run();
+    assert_ne!(registers(), saved_here);
+    // So is what was saved before the vCPU was set.
+    let mut state = thread.save().expect("stopped");
+    have_saved();
+    state.regs.r15 = 0x1234_5678;
+    thread.set(&state).expect("stopped");
+    assert_eq!(registers(), state.regs);
+    // Whoever does not wait for the thread gets the same.
+    begin_save(&setup.threads);
+    assert_eq!(registers(), state.regs);
+}
+
+#[test]
 fn a_vm_closes_in_the_background() {
     let kvm = kvm_or_skip!();
     let setup = Setup::new(&kvm, guest::COUNT, 2, Irqchip::Full, Ring::User);

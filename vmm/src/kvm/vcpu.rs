@@ -9,9 +9,12 @@
 //! While it is parked any thread may save and set the state: the slot's lock is the right to touch
 //! the vCPU. To stop a VM, request all, then wait for all ([`stop_all`]).
 //!
-//! A thread that sleeps needs tens of microseconds to come back. [`rouse`] has a parked one wait
-//! awake, for a moment, because it is to be resumed at once; who waits for one to stop looks for a
-//! moment before he sleeps, too. Both only where there are more processors than vCPUs.
+//! A thread that sleeps needs tens of microseconds to come back. One that has just stopped, or is
+//! [roused](rouse_all), waits awake for a moment, because it is to be resumed at once; who waits for one
+//! to stop looks for a moment before he sleeps, too. All that only where there are more processors than
+//! vCPUs. There [`begin_save`] has the threads save their vCPUs' states, each its own, while whoever has
+//! stopped them does something else; [`save`] takes what is there, waits for what is being done, and does
+//! itself what nobody has begun.
 //!
 //! | phase | vCPU is with | left by |
 //! |---|---|---|
@@ -27,7 +30,7 @@
 //! notices the kick only when that page is resolved.
 //!
 //! [`resume`]: VcpuThread::resume
-//! [`rouse`]: rouse_all
+//! [`save`]: VcpuThread::save
 //! [`request_stop`]: VcpuThread::request_stop
 //! [`wait_stopped`]: VcpuThread::wait_stopped
 
@@ -67,6 +70,8 @@ enum Order {
     Stop,
     /// Stay parked, but awake.
     Rouse,
+    /// Stay parked and awake, and save the state.
+    Save,
     Run,
     Quit,
 }
@@ -87,12 +92,22 @@ struct Slot {
     phase: Phase,
     /// The guest's run has ended: resuming does nothing.
     ended: bool,
+    /// What the thread was told to save and nobody has taken yet. It goes when the vCPU runs or is set.
+    saved: Option<Result<Box<VcpuState>, KvmError>>,
 }
 
 impl Slot {
     /// Whether a parked vCPU stays so, and its state may be touched.
     const fn is_stopped(&self) -> bool {
-        matches!(self.order, Order::Stop | Order::Rouse) || self.ended
+        matches!(self.order, Order::Stop | Order::Rouse | Order::Save) || self.ended
+    }
+
+    /// The thread's part of [`begin_save`].
+    fn save(&mut self) {
+        if let Phase::Parked(running) = &self.phase {
+            self.saved = Some(running.save().map(Box::new));
+        }
+        self.order = Order::Rouse;
     }
 }
 
@@ -153,9 +168,12 @@ impl Shared {
                 .wait_while(slot, |slot| match slot.order {
                     Order::Stop => true,
                     Order::Run => slot.ended,
-                    Order::Rouse | Order::Quit => false,
+                    Order::Rouse | Order::Save | Order::Quit => false,
                 })
                 .unwrap_or_else(PoisonError::into_inner);
+            if slot.order == Order::Save {
+                slot.save();
+            }
             if slot.order != Order::Rouse {
                 break slot;
             }
@@ -229,7 +247,12 @@ impl VcpuThread {
         let shared = Arc::new(Shared {
             index,
             // As if the thread were on its way to be parked: whoever waits for that, waits.
-            slot: Mutex::new(Slot { order: Order::Stop, phase: Phase::Running(0), ended: false }),
+            slot: Mutex::new(Slot {
+                order: Order::Stop,
+                phase: Phase::Running(0),
+                ended: false,
+                saved: None,
+            }),
             changed: Condvar::new(),
             changes: AtomicU32::new(0),
             stop: StopSignal::new()?,
@@ -327,6 +350,7 @@ impl VcpuThread {
     /// It is not stopped, or its thread is gone.
     pub fn resume(&self) -> Result<(), KvmError> {
         self.with_stopped(|slot| {
+            slot.saved = None;
             slot.order = Order::Run;
             self.shared.stop.lower();
             let times = &self.shared.times;
@@ -359,6 +383,7 @@ impl VcpuThread {
                 return Err(KvmError::Gone { vcpu: self.index() });
             }
             // Under the lock, as they are raised: the thread sees both or neither when it looks at its order.
+            slot.saved = None;
             slot.order = Order::Run;
             self.shared.stop.lower();
         }
@@ -384,18 +409,38 @@ impl VcpuThread {
         })
     }
 
-    /// Saves the state of a stopped vCPU. If it is inside an open call, the state shows that call
-    /// as returned with what the machine chose, see [`CallOutcome`](super::CallOutcome).
+    /// Has the thread of a stopped vCPU save its state, for the next [`save`](Self::save).
+    pub(super) fn begin_save(&self) {
+        let mut slot = self.shared.lock();
+        if matches!(slot.phase, Phase::Parked(_)) && slot.is_stopped() {
+            slot.saved = None;
+            slot.order = Order::Save;
+            self.shared.tell();
+        }
+    }
+
+    /// Whether its thread has saved a state that nobody has taken.
+    #[cfg(test)]
+    pub(super) fn has_saved(&self) -> bool {
+        self.shared.lock().saved.is_some()
+    }
+
+    /// Saves the state of a stopped vCPU, or takes it where its thread has saved it. If it is inside an
+    /// open call, the state shows that call as returned with what the machine chose, see
+    /// [`CallOutcome`](super::CallOutcome).
     ///
     /// # Errors
     /// It is not stopped, or an ioctl failed.
     pub fn save(&self) -> Result<VcpuState, KvmError> {
-        self.with_vcpu(|running| {
-            let mut state = running.vcpu.save()?;
-            if let Some(open) = running.open_call {
-                state.regs.rax = open.shown_rax;
+        self.with_stopped(|slot| {
+            if slot.order == Order::Save {
+                slot.save();
             }
-            Ok(state)
+            match (slot.saved.take(), &slot.phase) {
+                (Some(saved), _) => saved.map(|state| *state),
+                (None, Phase::Parked(running)) => running.save(),
+                (None, Phase::Running(_) | Phase::Gone) => unreachable!("a stopped vcpu is parked"),
+            }
         })?
     }
 
@@ -413,6 +458,7 @@ impl VcpuThread {
             }
             running.vcpu.set(state)?;
             running.forget_exit();
+            slot.saved = None;
             slot.ended = false;
             // An ended vCPU may still have the order to run; it waits for a new one.
             if slot.order == Order::Run {
@@ -506,20 +552,30 @@ impl Drop for VcpuThread {
     }
 }
 
-/// Stops all vCPUs of a VM: requests all, then waits for all.
+/// Stops all vCPUs of a VM: requests all, then waits for all. For a moment they wait awake, where there are
+/// processors for it, since most stops are short.
 ///
 /// # Errors
 /// As [`VcpuThread::wait_stopped`], of the first that fails; the others are stopping or stopped.
 pub fn stop_all(vcpus: &[VcpuThread], timeout: Duration) -> Result<(), KvmError> {
+    let is_spare = has_spare_processor(vcpus.len());
     for vcpu in vcpus {
-        vcpu.request_stop();
+        vcpu.order(if is_spare { Order::Rouse } else { Order::Stop });
     }
     let start = Instant::now();
     for vcpu in vcpus {
         let left = timeout.saturating_sub(start.elapsed());
-        vcpu.wait_parked(Some(left), has_spare_processor(vcpus.len()))?;
+        vcpu.wait_parked(Some(left), is_spare)?;
     }
     Ok(())
+}
+
+/// Has the threads of stopped vCPUs save their states while the caller does something else, where there are
+/// processors for it. [`VcpuThread::save`] gives them.
+pub fn begin_save(vcpus: &[VcpuThread]) {
+    if has_spare_processor(vcpus.len()) {
+        vcpus.iter().for_each(VcpuThread::begin_save);
+    }
 }
 
 /// The stopped vCPUs of a VM are about to be resumed: they wait for it awake, for a moment, where there

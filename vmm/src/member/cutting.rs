@@ -16,7 +16,7 @@ use crate::failure;
 use crate::frames::CutId;
 use crate::ipc::channel::DESCRIPTOR_LIMIT;
 use crate::kvm::vcpu::monotonic_ns;
-use crate::kvm::{VcpuThread, rouse_all, stop_all};
+use crate::kvm::{VcpuThread, begin_save, stop_all};
 use crate::space::Space;
 use crate::window::{CutFiles, Window};
 
@@ -88,13 +88,17 @@ impl Member {
         let held = self.gate.hold();
         times.held = monotonic_ns();
         let result = stopped.and_then(|()| {
-            let snapshot = self.save(&held, backing, asked_by)?;
-            times.saved = monotonic_ns();
+            self.show_fork(asked_by)?;
+            // While memory is protected; those that sleep are not woken for it.
             if self.held.is_none() {
-                rouse_all(&self.vcpus);
+                begin_save(&self.vcpus);
             }
+            let mut snapshot = self.save_devices(&held, backing, asked_by)?;
+            times.saved = monotonic_ns();
             let figures = reserved.perform(previous)?;
             times.protected = monotonic_ns();
+            snapshot.vcpus = self.vcpus.iter().map(VcpuThread::save).collect::<Result<_, _>>()?;
+            times.collected = monotonic_ns();
             Ok((snapshot, figures))
         });
         // Also after a failure: the VM goes on.
@@ -121,24 +125,30 @@ impl Member {
         files.map_err(MemberError::Window)
     }
 
-    fn save(
-        &self,
-        held: &HeldGate,
-        backing: &Backing,
-        asked_by: Option<usize>,
-    ) -> Result<Snapshot, MemberError> {
-        let live = self.machine.role().map_err(MemberError::Protocol)?;
+    /// What clones are to see of the calls that wait for this fork.
+    fn show_fork(&self, asked_by: Option<usize>) -> Result<(), MemberError> {
         for vcpu in self.vcpus.iter() {
             if vcpu.open_call()? == Some(call::FORK) {
                 let is_asked = asked_by == Some(vcpu.index());
                 vcpu.show_result(if is_asked { 0 } else { call::AGAIN })?;
             }
         }
+        Ok(())
+    }
+
+    /// All but the vCPUs.
+    fn save_devices(
+        &self,
+        held: &HeldGate,
+        backing: &Backing,
+        asked_by: Option<usize>,
+    ) -> Result<Snapshot, MemberError> {
+        let live = self.machine.role().map_err(MemberError::Protocol)?;
         let no_engine = MemberError::Protocol("this vm has no dma engine");
         let bus = live.bus();
         let dma = bus.dma.as_ref().ok_or(no_engine)?;
         Ok(Snapshot {
-            vcpus: self.vcpus.iter().map(VcpuThread::save).collect::<Result<_, _>>()?,
+            vcpus: Vec::new(),
             vm: self.vm.as_ref().map(|vm| vm.save()).transpose()?,
             dma: dma.save(held),
             backing: Some(backing.freeze(held)),

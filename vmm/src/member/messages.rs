@@ -333,10 +333,12 @@ pub struct CutTimes {
     pub stopped: u64,
     /// Completions were held.
     pub held: u64,
-    /// The state was saved.
+    /// Devices were saved, and the vCPUs' threads were at their own states.
     pub saved: u64,
     /// Pinned pages were copied and memory was protected.
     pub protected: u64,
+    /// The vCPUs' states were there.
+    pub collected: u64,
     /// The resume was ordered.
     pub resumed: u64,
 }

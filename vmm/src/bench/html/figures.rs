@@ -13,11 +13,11 @@ pub(super) struct Section {
 }
 
 /// Parts of the pause, in their order.
-const PAUSE: [&str; 6] = ["stop", "hold", "save", "copy", "protect", "resume"];
+const PAUSE: [&str; 7] = ["stop", "hold", "save", "copy", "protect", "collect", "resume"];
 /// Parts of it that take what the host takes.
 const FLOOR: [&str; 2] = ["save", "protect"];
 /// Parts of salp's call, one after the other: the source's resume is beside `hop_to_keeper`.
-const CALL: [&str; 11] = [
+const CALL: [&str; 12] = [
     "reserve_structure",
     "hop_to_source",
     "reserve_memory",
@@ -26,6 +26,7 @@ const CALL: [&str; 11] = [
     "save",
     "copy",
     "protect",
+    "collect",
     "hop_to_keeper",
     "clone",
     "enter",
