@@ -40,11 +40,16 @@ torture: build ## Torture VMs at random and under memory pressure for T=1m
 
 # `-s none -D` and the like in FUZZ go to cargo-fuzz. What is found is kept in tests/fuzz/artifacts, and the
 # corpus of all inputs, the committed ones included, in target/fuzz.
-fuzz: ## Fuzz TARGET=kernels|rings|accesses for T=1m (needs cargo-fuzz and a nightly toolchain)
+# `requests` starts colonies of the debug binary, with names and sockets in a directory of its own, which
+# goes afterwards; their threads allocate at all times, so that a look for leaks after an input finds nothing.
+fuzz: ## Fuzz TARGET=kernels|rings|accesses|requests for T=1m (needs cargo-fuzz and a nightly toolchain)
+	$(CARGO) build --workspace
 	mkdir -p target/fuzz/corpus/$(TARGET)
+	TMPDIR=$$(mktemp -d) && export TMPDIR && trap 'rm -rf "$$TMPDIR"' EXIT && \
+	SALP_BINARY=$(CURDIR)/target/debug/salp \
 	$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz $(FUZZ) $(TARGET) \
-		target/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET) -- \
-		-max_total_time=$$(( $$(echo $(T) | sed 's/h$$/*3600/; s/m$$/*60/; s/s$$//') )) -timeout=30 -rss_limit_mb=4096
+		target/fuzz/corpus/$(TARGET) tests/fuzz/corpus/$(TARGET) -- $(if $(filter requests,$(TARGET)),-detect_leaks=0) \
+		-max_total_time=$$(( $$(echo $(T) | sed 's/h$$/*3600/; s/m$$/*60/; s/s$$//') )) -timeout=60 -rss_limit_mb=4096
 
 # --show-output: a test that the host cannot run says SKIPPED and why, also where it passes.
 # The whole-system tests start the binary `salp` of the same profile: it is built first.

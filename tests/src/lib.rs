@@ -6,7 +6,7 @@
 //! | [`world`] | a colony whose guests are puppets: stores, loads, forks, pins, ends |
 //! | [`row`] | a row of the conformance table, run over points of its axes |
 //! | [`failures`] | an operation, with each of its fallible steps failing once |
-//! | [`hostile`] | what a fuzzer says to devices and loaders |
+//! | [`hostile`] | what a fuzzer says to devices, loaders and the control socket |
 //! | [`axes`] | the axes, and which points cover all pairs of their values |
 //! | [`record`] | what a test says of its row, for the table |
 //! | [`catalogue`], [`table`] | what the rows are, and the table that is made of the records |

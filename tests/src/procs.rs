@@ -10,12 +10,18 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-/// The salp binary of the build that this test belongs to.
+/// The environment variable that names the salp binary to a program that is not of its build: a fuzzer.
+pub const BINARY: &str = "SALP_BINARY";
+
+/// The salp binary of the build that this test belongs to, or the one that [`BINARY`] names.
 ///
 /// # Panics
 /// There is none: only the tests were built.
 #[must_use]
 pub fn salp_binary() -> PathBuf {
+    if let Some(named) = std::env::var_os(BINARY) {
+        return PathBuf::from(named);
+    }
     let test = std::env::current_exe().expect("a running program has a path");
     let directory = test.parent().and_then(Path::parent).expect("a test lies two levels below its build");
     let salp = directory.join("salp");

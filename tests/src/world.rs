@@ -5,8 +5,6 @@
 //! [`LIMIT`].
 
 use std::collections::BTreeMap;
-use std::env;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -26,6 +24,7 @@ use salp::words::{Gfn, Gpa, MemoryShape};
 use salp_protocol::order;
 
 use crate::axes::Point;
+use crate::procs::salp_binary;
 use crate::record::{Outcome, report_values, value_of};
 
 /// How long anything may take: software KVM on a busy machine is slow.
@@ -96,19 +95,6 @@ pub struct World {
     _place: Place,
 }
 
-/// The binary that members run: built beside this test.
-fn program() -> PathBuf {
-    let test = env::current_exe().expect("the path of this test");
-    let directory = test.parent().and_then(|deps| deps.parent()).expect("a test lies two levels down");
-    let program = directory.join("salp");
-    assert!(
-        program.is_file(),
-        "{} is missing: run `make test`, which builds it (`cargo build --package salp`)",
-        program.display()
-    );
-    program
-}
-
 /// Why the host cannot run `guest`, if it cannot.
 #[must_use]
 pub fn lack(guest: GuestKind) -> Option<String> {
@@ -175,7 +161,7 @@ impl World {
         config.is_resettable = setup.is_resettable;
         config.share_level = setup.share_level;
         config.limits.memory_bytes = setup.arena_mib.map(|mib| mib << 20);
-        config.program = Some(program());
+        config.program = Some(salp_binary());
         if !setup.is_huge {
             config.arena = ArenaChoice::SmallPages;
         }

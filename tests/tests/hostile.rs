@@ -4,8 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use salp_tests::GuestKind;
 use salp_tests::hostile::{TARGETS, Target};
 use salp_tests::images::{CODE, EXIT_7, bare_image, image, pvh_note};
+use salp_tests::world::can_run;
 
 /// The inputs kept for a target.
 fn corpus(name: &str) -> Vec<PathBuf> {
@@ -43,6 +45,13 @@ fn dma_rings() {
 #[test]
 fn ports_and_addresses() {
     run_corpus("accesses");
+}
+
+#[test]
+fn requests_at_the_control_socket() {
+    if can_run("requests_at_the_control_socket", GuestKind::Kvm) {
+        run_corpus("requests");
+    }
 }
 
 /// Inputs as short as they get, and each cut off at every byte.

@@ -37,6 +37,14 @@ impl<'a> Bytes<'a> {
         Some(if how & 0x80 == 0 { shifted } else { shifted.wrapping_neg() })
     }
 
+    /// As many bytes as the two before them say, or what there is, at most.
+    pub(super) fn text(&mut self) -> Option<&'a [u8]> {
+        let len = usize::from(self.half()?).min(self.0.len());
+        let (taken, rest) = self.0.split_at(len);
+        self.0 = rest;
+        Some(taken)
+    }
+
     pub(super) fn rest(self) -> &'a [u8] {
         self.0
     }

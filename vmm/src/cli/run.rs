@@ -229,6 +229,8 @@ fn settings(arguments: &RunArguments) -> Result<Settings, RunError> {
         dma_backing,
         seccomp: arguments.seccomp,
         is_background: arguments.detach,
+        place: None,
+        program: None,
     })
 }
 

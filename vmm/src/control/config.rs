@@ -152,6 +152,8 @@ mod tests {
             dma_backing: None,
             seccomp: crate::member::confine::Confinement::On,
             is_background: true,
+            place: None,
+            program: None,
         }
     }
 

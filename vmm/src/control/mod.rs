@@ -37,7 +37,8 @@
 //!
 //! # Known holes
 //! Names and console files of VMs that have ended stay until they are removed or their colony ends, and a
-//! console file has no limit. What is no HTTP at all is refused by the library, without a description.
+//! console file has no limit. What is no HTTP at all is refused by the library, without a description (400,
+//! 414, 431).
 
 mod actions;
 pub mod client;

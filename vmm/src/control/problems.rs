@@ -23,10 +23,19 @@ macro_rules! problems {
 
 problems! {
     /// The request names a VM.
-    NoVm { "404": "No VM has that name (`unknown-vm`)" }
-    /// The request has a body in JSON.
+    NoVm {
+        "400": "The name is no text (`bad-request`)",
+        "404": "No VM has that name (`unknown-vm`)",
+    }
+    /// The request has a body of any kind.
+    BadBody {
+        "400": "Name or body are not to be read (`bad-request`)",
+        "408": "The body did not come (`too-slow`)",
+        "413": "The body is too large (`too-large`)",
+    }
+    /// The request has a body in JSON, or a query.
     BadRequest {
-        "400": "The body is no JSON (`bad-request`)",
+        "400": "Name, query or body are not to be read (`bad-request`)",
         "408": "The body did not come (`too-slow`)",
         "413": "The body is too large (`too-large`)",
         "422": "The body says something that is not possible (`bad-fields`, `bad-name`, `bad-count`, \

@@ -21,7 +21,7 @@ use super::error::{ControlError, Problem};
 use super::events::Event;
 use super::extract::{Fields, Input, Name, Options, Removal};
 use super::metrics::METRICS_TYPE;
-use super::problems::{BadRequest, Conflict, NoVm, Otherwise};
+use super::problems::{BadBody, BadRequest, Conflict, NoVm, Otherwise};
 use super::resources::{ColonyView, MemoryView, RemoveReply, StatsView};
 use super::service::Service;
 use super::streams;
@@ -270,7 +270,7 @@ async fn console(State(service): Known, Name { name }: Name) -> Result<Response,
 #[utoipa::path(post, path = "/v1/vms/{name}/console", tag = "console", params(Name),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, description = "What found room", body = InputReply),
-        NoVm, Conflict, Otherwise))]
+        NoVm, BadBody, Conflict, Otherwise))]
 async fn input(State(service): Known, Name { name }: Name, Input(input): Input) -> Answer<InputReply> {
     let given = blocking(&service, move |service| service.input(&name, &input)).await;
     given.map(|accepted_bytes| Json(InputReply { accepted_bytes }))

@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,12 @@ pub struct Settings {
     pub seccomp: Confinement,
     /// Nobody sees the keeper's standard error: it is a file beside the socket.
     pub is_background: bool,
+    /// Where names and the socket are; none is the user's directory.
+    #[serde(skip)]
+    pub place: Option<Place>,
+    /// The salp binary that members run; none is this one.
+    #[serde(skip)]
+    pub program: Option<PathBuf>,
 }
 
 /// How a colony ended.
@@ -127,6 +134,7 @@ pub struct Keeper {
     shown: OnceCell<Receiver<()>>,
     presence: Presence,
     server: Server,
+    _signals: SignalWatch,
 }
 
 impl Keeper {
@@ -136,10 +144,10 @@ impl Keeper {
     /// The name is taken, or the host refused something. Nothing is left behind.
     pub fn start(settings: Settings) -> Result<Self, ControlError> {
         let (sender, happenings) = channel();
-        let place = Place::of_user();
+        let place = settings.place.clone().unwrap_or_else(Place::of_user);
         let socket = Place::socket_name(std::process::id());
         let registry = Arc::new(Registry::new(sender, place.clone(), socket.clone()));
-        watch_signals(&registry)?;
+        let signals = SignalWatch::start(&registry)?;
         let locked = place.lock()?;
         let prepared = locked.listen(&socket).and_then(|listener| {
             claim_root(&locked, settings.name.clone(), &socket).map(|name| (listener, name))
@@ -179,7 +187,8 @@ impl Keeper {
             kept: Mutex::default(),
         });
         let server = Server::start(Arc::clone(&service), listener)?;
-        Ok(Self { service, root, happenings, shown: OnceCell::new(), presence, server })
+        let shown = OnceCell::new();
+        Ok(Self { service, root, happenings, shown, presence, server, _signals: signals })
     }
 
     /// The first VM.
@@ -474,19 +483,35 @@ fn let_go(colony: &Colony, vm: VmId) {
 }
 
 /// Signals are told to the main thread; a second one ends the process at once, and with it all VMs.
-fn watch_signals(registry: &Arc<Registry>) -> Result<(), ControlError> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
-    let registry = Arc::clone(registry);
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        for (seen, signal) in signals.forever().enumerate() {
-            if seen > 0 {
-                std::process::exit(128 + signal);
+struct SignalWatch {
+    signals: signal_hook::iterator::Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalWatch {
+    fn start(registry: &Arc<Registry>) -> Result<Self, ControlError> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+        let (handle, registry) = (signals.handle(), Arc::clone(registry));
+        let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for (seen, signal) in signals.forever().enumerate() {
+                if seen > 0 {
+                    std::process::exit(128 + signal);
+                }
+                registry.tell(Happening::Signal(signal));
             }
-            registry.tell(Happening::Signal(signal));
+        })?;
+        Ok(Self { signals: handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for SignalWatch {
+    fn drop(&mut self) {
+        self.signals.close();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that notes signals panicked");
         }
-    })?;
-    Ok(())
+    }
 }
 
 fn claim_root(locked: &Locked<'_>, name: Option<String>, socket: &str) -> Result<String, ControlError> {
@@ -517,6 +542,7 @@ fn config(settings: &Settings) -> Result<ColonyConfig, ControlError> {
         config.members = config.members.max(vms + vms / 4 + SPARE_MEMBERS);
     }
     config.confinement = settings.seccomp;
+    config.program = settings.program.clone();
     if settings.kernel.is_some() {
         config.irqchip = Irqchip::Full;
     }

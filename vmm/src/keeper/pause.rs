@@ -53,7 +53,8 @@ impl Colony {
     /// # Errors
     /// There is no such VM, or its process or its guest's run ended first, or it said nothing for `limit`.
     pub fn wait_ready(&self, vm: VmId, limit: Duration) -> Result<u64, ColonyError> {
-        let member = self.member(vm)?;
+        let is_gone = || ColonyError::NotReady { vm, why: "it has been ended".to_owned() };
+        let member = self.member(vm).map_err(|_| is_gone())?;
         let said = member.wait_for(limit, |state| {
             let ended = || state.ended.as_ref().map(|(_, text)| Err(text.clone()));
             state.ready.map(Ok).or_else(ended)
@@ -67,6 +68,7 @@ impl Colony {
                 let why = format!("its guest has not said so within {seconds} s: {hint}");
                 Err(ColonyError::NotReady { vm, why })
             }
+            Err(ColonyError::Died(_)) => Err(is_gone()),
             Err(error) => Err(error),
         }
     }
