@@ -126,7 +126,10 @@ fn details_and_maps_add_up() {
 #[test]
 fn a_vm_is_described_by_a_document() {
     let Some(user) = User::new("cli-config") else { return };
-    let schema = document(&user.succeed(&["schema"]));
+    let schema = user.succeed(&["schema"]);
+    assert_eq!(user.succeed(&["run", "--print-schema"]), schema);
+    user.fail(&["run", "--print-schema", "--memory", "64M"], 2, &["--print-schema", "cannot be used with"]);
+    let schema = document(&schema);
     let config = json!({ "name": "docs", "memory_bytes": 32 << 20, "cpus": 2, "cmdline": SLEEPER });
     for name in config.as_object().into_iter().flatten().map(|(name, _)| name) {
         assert!(schema["properties"][name].is_object(), "{name} in {schema}");

@@ -5,6 +5,8 @@
 //! | doorbell | anybody adds 1, then wakes | somebody set a request bit in a cut of this member |
 //! | walks | member | odd while one of its threads walks the tables ([`MemberArea::walk`]) |
 //! | base | keeper | [`crate::tables::Entry`] of the VM's shared memory |
+//! | buffers, four words | member | [`BufferCounts`]: what its devices keep pinned for long |
+//! | news | member sets, keeper clears | the buffers have changed, and the keeper was told |
 //! | maps, one word a leaf | member | [`LeafMap`]: what the window leaf maps |
 
 use std::sync::atomic::Ordering;
@@ -16,7 +18,40 @@ use crate::words::LeafNumber;
 const DOORBELL: usize = 0;
 const WALKERS: usize = 1;
 const BASE: usize = 2;
+/// Buffers registered, unregistered; their pages.
+const BUFFERS: usize = 3;
+const NEWS: usize = 7;
 const HEADER_WORDS: usize = 16;
+
+/// How many buffers a VM's devices have pinned at a guest's wish, and let go, since it began. Counts start
+/// again at 0 after the greatest: only differences mean something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BufferCounts {
+    /// Buffers registered.
+    pub registered: u32,
+    /// Buffers unregistered.
+    pub unregistered: u32,
+    /// Pages of all that were registered.
+    pub registered_pages: u32,
+    /// Pages of all that were unregistered.
+    pub unregistered_pages: u32,
+}
+
+impl BufferCounts {
+    /// Buffers that are registered now, and their pages.
+    #[must_use]
+    pub fn held(&self) -> (u32, u32) {
+        let buffers = self.registered.wrapping_sub(self.unregistered);
+        (buffers, self.registered_pages.wrapping_sub(self.unregistered_pages))
+    }
+
+    /// Buffers registered and unregistered since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> (u32, u32) {
+        let registered = self.registered.wrapping_sub(before.registered);
+        (registered, self.unregistered.wrapping_sub(before.unregistered))
+    }
+}
 
 /// See the module.
 #[derive(Clone, Copy)]
@@ -64,6 +99,31 @@ impl<'a> MemberArea<'a> {
     /// Keeper: the VM's shared memory.
     pub fn set_base(&self, base: u32) {
         self.words[BASE].store(base, Ordering::SeqCst);
+    }
+
+    /// Member: counts a buffer of so many pages that was registered, or unregistered. Returns whether the
+    /// keeper is to be told: it has looked since it was told the last time.
+    #[must_use]
+    pub fn count_buffer(&self, is_registered: bool, pages: u32) -> bool {
+        let first = BUFFERS + usize::from(!is_registered);
+        self.words[first + 2].fetch_add(pages, Ordering::Relaxed);
+        self.words[first].fetch_add(1, Ordering::Relaxed);
+        // Pairs with `take_buffers`: whoever clears this sees the counts of all who have set it before.
+        self.words[NEWS].swap(1, Ordering::AcqRel) == 0
+    }
+
+    /// Keeper: the counts. Each is exact, all of them together only while the VM stands still; of any
+    /// later change the keeper is told.
+    #[must_use]
+    pub fn take_buffers(&self) -> BufferCounts {
+        self.words[NEWS].swap(0, Ordering::AcqRel);
+        let count = |word: usize| self.words[BUFFERS + word].load(Ordering::Relaxed);
+        BufferCounts {
+            registered: count(0),
+            unregistered: count(1),
+            registered_pages: count(2),
+            unregistered_pages: count(3),
+        }
     }
 
     /// What the window maps at `leaf`.

@@ -26,7 +26,7 @@ use crate::sync::AtomicU32;
 use crate::words::LeafNumber;
 
 pub use self::cut_area::{CutArea, LeafWord, Patches};
-pub use self::member_area::{LeafMap, MemberArea};
+pub use self::member_area::{BufferCounts, LeafMap, MemberArea};
 
 /// Entries of a table node.
 pub const NODE_ENTRIES: usize = 512;

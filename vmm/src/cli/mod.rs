@@ -150,6 +150,7 @@ pub fn main() -> ExitCode {
     let output = Output { is_quiet: arguments.global.quiet };
     match arguments.command {
         Command::Demo(arguments) => end(demo::run(&arguments)),
+        Command::Run(arguments) if arguments.print_schema => end(papers::schema(output)),
         Command::Run(arguments) => end(run::run(&arguments)),
         Command::Fork(arguments) => end(fork::fork(&arguments, output)),
         Command::Ps(arguments) => end(ps::ps(&arguments, output)),

@@ -69,6 +69,9 @@ pub struct RunArguments {
     /// Run in the background: print the name when the VM runs
     #[arg(short, long)]
     detach: bool,
+    /// Run nothing: print the JSON Schema of what `--config` takes, as `salp schema` does
+    #[arg(long, exclusive = true)]
+    pub(super) print_schema: bool,
 }
 
 /// Why a colony could not be started.

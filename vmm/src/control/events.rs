@@ -2,12 +2,19 @@
 //!
 //! Whoever reads too slowly is told how many events were missed. With nobody listening an event costs
 //! a lock and a number; with nothing happening nobody wakes.
+//!
+//! # Pins
+//! Each transfer pins, so a guest can pin as often as it likes: only pins that are meant to last are told of,
+//! those of registered buffers, and of each VM how many there were in a tenth of a second, not each. Members
+//! count them on the board, and say that they did when the keeper has looked since; it looks for those who
+//! listen, and not more often than they are told. So a guest that registers for ever costs its keeper one
+//! message while nobody listens, and ten a second for each who does.
 
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use utoipa::ToSchema;
 
 use super::{VmState, lock};
@@ -76,6 +83,21 @@ pub enum What {
         /// Number of the fork.
         fork: u64,
     },
+    /// A VM's devices were given buffers for long, whose pages are pinned, or gave some up; or its devices
+    /// began again, at a fork or reset. Transfers that use a buffer which was given up keep it pinned until
+    /// they are over.
+    Pins {
+        /// Which.
+        vm: EventVm,
+        /// Buffers registered since the last such event of this VM.
+        registered: u32,
+        /// Buffers unregistered since then.
+        unregistered: u32,
+        /// Buffers that are registered now.
+        buffers: u32,
+        /// Their pages.
+        pages: u32,
+    },
     /// A user has paused a VM.
     Paused {
         /// Which.
@@ -118,6 +140,7 @@ impl What {
             Self::Forked { vm, fork, .. } | Self::Published { vm, fork } => (Some(vm), Some(*fork)),
             Self::Publishing { fork, .. } => (None, Some(*fork)),
             Self::Started { vm }
+            | Self::Pins { vm, .. }
             | Self::Paused { vm }
             | Self::Resumed { vm }
             | Self::Reset { vm }
@@ -141,11 +164,17 @@ pub struct Hub {
     /// None: the colony is ending.
     sender: Mutex<Option<broadcast::Sender<Event>>>,
     last: Mutex<u64>,
+    /// How often some VM's buffers have changed.
+    pins: watch::Sender<u64>,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self { sender: Mutex::new(Some(broadcast::Sender::new(MOST_BEHIND))), last: Mutex::new(0) }
+        Self {
+            sender: Mutex::new(Some(broadcast::Sender::new(MOST_BEHIND))),
+            last: Mutex::new(0),
+            pins: watch::Sender::default(),
+        }
     }
 }
 
@@ -166,6 +195,17 @@ impl Hub {
     #[must_use]
     pub fn listen(&self) -> Option<broadcast::Receiver<Event>> {
         lock(&self.sender).as_ref().map(broadcast::Sender::subscribe)
+    }
+
+    /// Some VM's buffers have changed.
+    pub fn note_pins(&self) {
+        self.pins.send_modify(|changes| *changes = changes.wrapping_add(1));
+    }
+
+    /// For those who want to know when buffers have changed.
+    #[must_use]
+    pub fn watch_pins(&self) -> watch::Receiver<u64> {
+        self.pins.subscribe()
     }
 
     /// Nothing more will happen.

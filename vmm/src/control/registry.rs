@@ -270,6 +270,10 @@ impl Observer for Registry {
         }
     }
 
+    fn buffers_changed(&self) {
+        self.events.note_pins();
+    }
+
     fn name_clone(&self, source: VmId) -> Result<Option<String>, ColonyError> {
         let nameless = |error: ControlError| ColonyError::Nameless(error.to_string());
         let source = self.of(source).ok_or(ColonyError::NoVm(source))?;

@@ -393,6 +393,11 @@ impl MemberHandle {
                 post(Job::Sweep);
                 post(Job::FillPool);
             }
+            Event::BuffersChanged => {
+                if let Some(observer) = observer() {
+                    observer.buffers_changed();
+                }
+            }
             Event::Quiet => post(Job::Look { vm: self.vm() }),
             Event::Ended { how, status, text } => {
                 if let Some(observer) = observer() {

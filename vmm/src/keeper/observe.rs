@@ -5,6 +5,7 @@
 //! for anybody who does. What it is told of one VM comes in order, and may come before the fork that
 //! made the VM has returned.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::fork::{Cloned, ForkTimes, Forked, times_of};
 use super::member_handle::MemberHandle;
 use super::{Colony, ColonyError, Shared};
+use crate::board::BufferCounts;
 use crate::family::VmId;
 use crate::frames::CutId;
 use crate::keeper::fork::entered_at;
@@ -31,6 +33,9 @@ pub trait Observer: Send + Sync {
     fn gone(&self, vm: VmId);
     /// All that a VM shared at these cuts is published.
     fn published(&self, _vm: VmId, _cuts: &[CutId]) {}
+    /// The devices of some VM have pinned buffers for long, or let them go, for the first time since
+    /// [`Colony::take_buffers`].
+    fn buffers_changed(&self) {}
     /// A guest has asked for a fork: what the clone is called, if that is not the colony's to make up. Not
     /// called by a reader: it may wait for others, but not for this colony.
     ///
@@ -68,6 +73,16 @@ impl Colony {
         if self.shared.observer.set(observer).is_err() {
             tracing::error!("a colony has one observer");
         }
+    }
+
+    /// What the devices of each VM have pinned for long. Of what changes from now on whoever observes the
+    /// colony is told, once.
+    #[must_use]
+    pub fn take_buffers(&self) -> BTreeMap<VmId, BufferCounts> {
+        let shared = &self.shared;
+        let inner = shared.lock();
+        let counts = inner.vms.iter().map(|(vm, member)| (*vm, shared.board.member(member.slot())));
+        counts.map(|(vm, area)| (vm, area.take_buffers())).collect()
     }
 
     /// Has every member look whether its guest has halted for good, and waits for all of them for

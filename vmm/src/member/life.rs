@@ -19,6 +19,7 @@ use super::start::{self, ImageFiles};
 use super::thread_guest::ThreadGuest;
 use super::watch::Due;
 use super::wiring::{self, ConsoleSink, MsiLine, NoLine};
+use crate::board::Board;
 use crate::devices::InterruptLine;
 use crate::devices::backing::Backing;
 use crate::devices::bus::Bus;
@@ -44,6 +45,7 @@ const LOOK_LIMIT: Duration = Duration::from_millis(200);
 /// A member process.
 pub struct Member {
     pub(super) setup: Setup,
+    board: Board,
     files: Arc<MemberFiles>,
     pub(super) machine: Arc<MemberMachine>,
     pub(super) gate: Arc<CompletionGate>,
@@ -102,6 +104,7 @@ impl Member {
     pub fn new(shell: Shell) -> Self {
         Self {
             setup: shell.setup,
+            board: shell.board,
             files: shell.files,
             machine: shell.machine,
             gate: CompletionGate::new(),
@@ -357,6 +360,7 @@ impl Member {
             ),
             None => (DmaEngine::new(ram, line, storage, gate()), SerialPort::new(sink, interrupt, gate())),
         };
+        dma.watch_buffers(wiring::buffer_bell(&self.board, self.files.slot, &self.machine));
         Ok(Bus { serial, exit: ExitPort::new(), dma: Some(dma), identity })
     }
 

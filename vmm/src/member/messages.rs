@@ -533,6 +533,9 @@ pub enum Event {
     },
     /// Nothing is pending any more in these cuts.
     CutsFinished(Vec<CutId>),
+    /// Buffers were registered or unregistered, for the first time since the keeper looked at their counts
+    /// on the board.
+    BuffersChanged,
     /// The guest has done nothing for a while and sleeps: it may have halted.
     Quiet,
     /// The guest's run has ended.

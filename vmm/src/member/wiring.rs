@@ -5,7 +5,9 @@ use std::sync::{Arc, Weak};
 
 use super::machine::MemberMachine;
 use super::messages::Event;
+use crate::board::Board;
 use crate::devices::InterruptLine;
+use crate::devices::dma::BufferBell;
 use crate::devices::identity::ReadyBell;
 use crate::kvm::{Msi, Vm};
 
@@ -33,6 +35,16 @@ impl InterruptLine for NoLine {
 pub(super) fn ready_bell(machine: &Arc<MemberMachine>) -> ReadyBell {
     let machine = Arc::clone(machine);
     Box::new(move |generation| machine.tell(Event::IsReady { generation }))
+}
+
+/// Counts buffers on the board, and tells the keeper where it has not been told since it looked there.
+pub(super) fn buffer_bell(board: &Board, slot: u32, machine: &Arc<MemberMachine>) -> BufferBell {
+    let (board, machine) = (board.clone(), Arc::clone(machine));
+    Box::new(move |is_registered, pages| {
+        if board.member(slot).count_buffer(is_registered, pages) {
+            machine.tell(Event::BuffersChanged);
+        }
+    })
 }
 
 /// Console output, to the machine.

@@ -187,7 +187,9 @@ impl Asker {
         let (news, nudge) = (self.news.clone(), self.nudge.clone());
         let follow = move || {
             let followed = client().events(&name, |event| {
-                let is_change = !matches!(event.what, What::Publishing { .. } | What::Listening);
+                // What comes ten times a second is no reason to ask for everything.
+                let is_change =
+                    !matches!(event.what, What::Publishing { .. } | What::Pins { .. } | What::Listening);
                 let told = news.send(News::Event(keeper, event)).is_ok();
                 match told && (!is_change || nudge.send(()).is_ok()) {
                     true => ControlFlow::Continue(()),

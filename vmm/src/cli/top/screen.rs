@@ -204,6 +204,13 @@ fn describe(what: &What) -> String {
         }
         What::Publishing { fork, pending_leaves } => format!("fork {fork}: {pending_leaves} leaves to go"),
         What::Published { vm, fork } => format!("fork {fork} of {} is published", vm.name),
+        What::Pins { vm, registered, unregistered, buffers, pages } => {
+            let name = &vm.name;
+            format!(
+                "{name} pins: {registered} buffers registered, {unregistered} unregistered, has {buffers} \
+                 ({pages} pages)"
+            )
+        }
         What::Paused { vm } => format!("{} paused", vm.name),
         What::Resumed { vm } => format!("{} goes on", vm.name),
         What::Reset { vm } => format!("{} was reset", vm.name),

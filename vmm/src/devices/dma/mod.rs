@@ -40,7 +40,7 @@ mod workers;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use salp_protocol::dma::{BUFFER_SLOTS, Descriptor};
@@ -76,6 +76,10 @@ pub struct DmaCounters {
     /// Bytes moved by transfers with status OK.
     pub bytes: u64,
 }
+
+/// Told of each buffer that a guest has pinned for long or let go of: whether it is registered now, and its
+/// pages. Called with a lock of the engine held.
+pub type BufferBell = Box<dyn Fn(bool, u32) + Send + Sync>;
 
 /// A buffer slot.
 enum Slot {
@@ -123,6 +127,7 @@ struct Shared {
     /// A transfer ended, or stop.
     transfer_ended: Condvar,
     kernel: Mutex<Option<kernel::Handle>>,
+    buffer_bell: OnceLock<BufferBell>,
     pins: Arc<AtomicUsize>,
     transfers: AtomicU64,
     failed: AtomicU64,
@@ -189,12 +194,20 @@ impl DmaEngine {
             ended: Mutex::default(),
             transfer_ended: Condvar::new(),
             kernel: Mutex::new(None),
+            buffer_bell: OnceLock::new(),
             pins: Arc::default(),
             transfers: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared), doorbell: Mutex::new(()), threads: Mutex::default() }
+    }
+
+    /// From now on `bell` is told of registered buffers. The first one stays.
+    pub fn watch_buffers(&self, bell: BufferBell) {
+        if self.shared.buffer_bell.set(bell).is_err() {
+            tracing::error!("the buffers of a DMA engine are watched twice");
+        }
     }
 
     /// Begins work: pins the registered buffers again and issues the uncompleted requests, on the

@@ -185,6 +185,7 @@ impl DmaEngine {
         let mut core = lock(&shared.core);
         match pinned {
             Ok(buffer) => {
+                shared.ring_buffer_bell(true, &buffer);
                 core.slots[slot] = Slot::Ready(buffer);
                 Ok(())
             }
@@ -204,6 +205,9 @@ impl DmaEngine {
             return Err(error::SLOT);
         }
         let old = replace(&mut core.slots[slot], Slot::Free);
+        if let Slot::Ready(buffer) = &old {
+            self.shared.ring_buffer_bell(false, buffer);
+        }
         for request in core.in_flight.values_mut() {
             let uses = request.descriptor.flags & flag::REGISTERED != 0
                 && index(request.descriptor.slot.into()) == slot;

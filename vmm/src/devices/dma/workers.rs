@@ -20,7 +20,7 @@ use crate::devices::backing::BackingError;
 use crate::devices::memory::{Buffer, Span};
 use crate::devices::{Access, RamError, lock};
 use crate::failure;
-use crate::words::{Gpa, index};
+use crate::words::{Gpa, PAGE_BYTES, index};
 
 const WORKERS: usize = 2;
 
@@ -133,8 +133,21 @@ impl Shared {
         let mut core = lock(&self.core);
         let slots = std::mem::replace(&mut core.slots, [const { Slot::Free }; _]);
         let in_flight = std::mem::take(&mut core.in_flight);
+        for slot in &slots {
+            if let Slot::Ready(buffer) = slot {
+                self.ring_buffer_bell(false, buffer);
+            }
+        }
         drop(core);
         drop((slots, in_flight));
+    }
+
+    /// Says that a buffer is registered now, or is not any more. Under the lock of the slots, so that what
+    /// is told has the order of what happens.
+    pub(super) fn ring_buffer_bell(&self, is_registered: bool, buffer: &Buffer) {
+        if let Some(bell) = self.buffer_bell.get() {
+            bell(is_registered, u32::try_from(buffer.len_bytes / PAGE_BYTES).unwrap_or(u32::MAX));
+        }
     }
 
     pub(super) fn queue(&self, job: Job) {
@@ -217,7 +230,10 @@ impl Shared {
             return;
         }
         core.slots[number] = match pinned {
-            Ok(buffer) => Slot::Ready(buffer),
+            Ok(buffer) => {
+                self.ring_buffer_bell(true, &buffer);
+                Slot::Ready(buffer)
+            }
             Err(error) => {
                 tracing::warn!(slot = number, %error, "a clone's DMA buffer cannot be pinned");
                 core.registers.error = error::PIN;
