@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use salp::family::VmId;
+use salp::member::messages::PuppetOrder;
 use salp::words::{Gfn, Gpa};
 use salp_protocol::dma::{error, operation, register, status};
 use salp_protocol::order;
@@ -100,15 +101,38 @@ impl<'a> Engine<'a> {
     #[track_caller]
     pub fn submit(&self, vm: VmId, transfer: &Transfer) -> Submitted {
         let tail = self.read(vm, register::DOORBELL);
-        let at = self.ring.0 + tail % ENTRIES * DESCRIPTOR_BYTES;
+        self.describe(vm, tail, transfer);
+        self.configure(vm, register::DOORBELL, tail + 1);
+        Submitted(tail)
+    }
+
+    /// Writes a transfer into the ring, and tells nobody.
+    #[track_caller]
+    fn describe(&self, vm: VmId, number: u64, transfer: &Transfer) {
+        let at = self.ring.0 + number % ENTRIES * DESCRIPTOR_BYTES;
         let Transfer { operation, flags, length, source, destination, slot } = *transfer;
         let head = u64::from(operation) | u64::from(flags) << 16 | u64::from(length) << 32;
         // The rest: slot, cookie, result and status (pending), padding.
         for (word, value) in (0..).zip([head, source, destination, u64::from(slot), 0, 0, 0, 0]) {
             self.world.store(vm, Gpa(at + 8 * word), value);
         }
-        self.configure(vm, register::DOORBELL, tail + 1);
-        Submitted(tail)
+    }
+
+    /// Has the guest ring for ever, for transfers that are never over: `of` again and again, in a ring that
+    /// is always full.
+    #[track_caller]
+    pub fn flood(&self, vm: VmId, of: &[Transfer]) {
+        for (number, transfer) in (0..ENTRIES).zip(of.iter().cycle()) {
+            self.describe(vm, number, transfer);
+        }
+        self.flood_on(vm);
+    }
+
+    /// As [`flood`](Self::flood), with what is in the ring.
+    #[track_caller]
+    pub fn flood_on(&self, vm: VmId) {
+        let order = PuppetOrder { order: order::DMA_FLOOD, a: ENTRIES, b: 64, ..PuppetOrder::default() };
+        self.world.begin(vm, 0, order);
     }
 
     /// The status of a transfer in a VM.

@@ -146,6 +146,10 @@ pub mod order {
     /// Result: how often the interrupt `rdi` has arrived. From the first time on the vCPU's local APIC
     /// accepts interrupts.
     pub const INTERRUPTS: u64 = 18;
+    /// Ring the DMA engine's doorbell for ever: each time so that all of its `rdi` entries are taken, done
+    /// or not; look for the next order after each `rsi` rings, as in [`COUNT`], and report their number.
+    /// Result: that number.
+    pub const DMA_FLOOD: u64 = 19;
     /// Leave the puppet case with status `rdi`.
     pub const QUIT: u64 = 13;
     /// Go over pages for ever: store k to the first 8 bytes of `rdx` pages, the first at `rdi`, `r8`

@@ -5,6 +5,7 @@
 
 use core::arch::{asm, global_asm};
 
+use salp_protocol::dma::register;
 use salp_protocol::{call as calls, order};
 
 use crate::call::{self, Arguments};
@@ -47,6 +48,7 @@ fn obey(order: u64, operands: Arguments) -> u64 {
             0
         }
         order::DMA_READ => read_register(rdi),
+        order::DMA_FLOOD => flood(rdi, rsi),
         order::IDENTITY_READ => identity::read(rdi),
         order::IDENTITY_WRITE => {
             identity::write(rdi, rsi);
@@ -135,6 +137,18 @@ fn count_stride(first: u64, every: u64, pages: u64, stride: u64) -> u64 {
                     return stores;
                 }
             }
+        }
+    }
+}
+
+/// Keeps a ring full, whatever is in it, until the host has the next order.
+fn flood(entries: u64, every: u64) -> u64 {
+    let mut rings = 0;
+    loop {
+        rings += 1;
+        write_register(register::DOORBELL, read_register(register::COMPLETED).wrapping_add(entries));
+        if rings % every.max(1) == 0 && call::progress(Arguments { rdi: rings, ..Arguments::default() }) {
+            return rings;
         }
     }
 }

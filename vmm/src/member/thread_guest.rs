@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use salp_protocol::dma::register;
 use salp_protocol::{call, order};
 
 use super::machine::{Live, MemberMachine};
 use super::mailbox::Mailbox;
 use super::messages::{Event, HowEnded, PuppetOrder};
+use crate::devices::dma::DmaEngine;
 use crate::space::SpaceError;
 use crate::words::{Gpa, PAGE_BYTES, index};
 
@@ -93,6 +95,12 @@ fn await_letter(mailbox: &Mailbox) -> bool {
     }
 }
 
+fn read_register(dma: &DmaEngine, register: u64) -> u64 {
+    let mut value = [0; 8];
+    dma.mmio_read(register, &mut value);
+    u64::from_le_bytes(value)
+}
+
 /// An order's result; an error: memory is lost, and the guest's run ends.
 type Done = Result<u64, SpaceError>;
 
@@ -125,10 +133,13 @@ impl Guest<'_> {
                 dma.mmio_write(a, &b.to_le_bytes());
                 0
             }),
-            order::DMA_READ => self.with_dma(|dma| {
-                let mut value = [0; 8];
-                dma.mmio_read(a, &mut value);
-                u64::from_le_bytes(value)
+            order::DMA_READ => self.with_dma(|dma| read_register(dma, a)),
+            order::DMA_FLOOD => self.count(b, |_| {
+                self.with_dma(|dma| {
+                    let tail = read_register(dma, register::COMPLETED).wrapping_add(a);
+                    dma.mmio_write(register::DOORBELL, &tail.to_le_bytes());
+                    0
+                })
             }),
             order::IDENTITY_READ => {
                 let mut value = [0; 8];
@@ -187,7 +198,7 @@ impl Guest<'_> {
         Ok(0)
     }
 
-    fn with_dma(&self, work: impl FnOnce(&crate::devices::dma::DmaEngine) -> u64) -> Done {
+    fn with_dma(&self, work: impl FnOnce(&DmaEngine) -> u64) -> Done {
         Ok(self.live.bus().dma.as_ref().map_or(call::FAILED, work))
     }
 
