@@ -413,6 +413,7 @@ fn what_has_ended_can_be_awaited_and_removed_and_names_are_free_again() {
     }
     user.run("a", SLEEPER);
     let api = Api::of(&user, "a");
+    let events = Listener::new(&api);
     api.post("/v1/vms/a/fork", &json!({"name": "kid"}), 201);
     let waiting = api.curl("/v1/vms/kid/wait", &[]).stdout(Stdio::piped()).spawn().expect("curl starts");
     let delete = ["--request", "DELETE"];
@@ -448,6 +449,8 @@ fn what_has_ended_can_be_awaited_and_removed_and_names_are_free_again() {
     for name in ["kid", "a"] {
         api.post(&format!("/v1/vms/{name}/stop"), &json!({}), 200);
     }
+    let told = events.end().into_iter().filter(|event| event["event"] == "removed");
+    assert_eq!(told.map(|event| event["vm"]["name"].clone()).collect::<Vec<_>>(), ["kid", "a"]);
     user.end();
 }
 
@@ -466,6 +469,13 @@ fn figures_are_told_for_users_and_for_prometheus() {
     let sum: u64 =
         pages.iter().filter(|(kind, _)| *kind != "pinned").filter_map(|(_, count)| count.as_u64()).sum();
     assert_eq!(sum, 32 << 8, "{stats}");
+    let bytes = |kinds: &[&str]| kinds.iter().filter_map(|kind| pages[*kind].as_u64()).sum::<u64>() << 12;
+    let expected = [bytes(&["shared"]), bytes(&["exclusive", "lent"])];
+    assert_eq!(
+        ["shared_bytes", "unique_bytes"].map(|kind| stats[kind].as_u64()),
+        expected.map(Some),
+        "{stats}"
+    );
     assert_eq!(stats["vcpus"].as_array().map(Vec::len), Some(1), "{stats}");
     assert!(stats["faults"]["touch"].as_u64().is_some_and(|count| count > 0), "{stats}");
     let colony = api.get("/v1/colony");
@@ -485,7 +495,12 @@ fn figures_are_told_for_users_and_for_prometheus() {
     let state = |state| value(&format!("salp_vm_pages{{vm=\"a-2\",id=\"3\",state=\"{state}\"}}"));
     let sum: f64 = ["zero", "exclusive", "lent", "shared", "lost"].into_iter().map(state).sum();
     assert_eq!(sum, f64::from(32 << 8));
-    for name in ["a", "a-1", "a-2"] {
+    api.json("/v1/vms/a-1", &["--request", "PATCH", "--data", r#"{"state": "paused"}"#], 200);
+    api.post("/v1/vms/a-2/stop", &json!({}), 200);
+    let colony = api.get("/v1/colony");
+    let counts = ["live_vms", "paused_vms", "ended_vms"].map(|state| colony[state].as_u64());
+    assert_eq!(counts, [2, 1, 1].map(Some), "{colony}");
+    for name in ["a", "a-1"] {
         api.post(&format!("/v1/vms/{name}/stop"), &json!({}), 200);
     }
     user.end();

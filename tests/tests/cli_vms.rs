@@ -2,7 +2,9 @@
 //! waiting, removing, and a VM described by a document.
 
 use std::fs;
-use std::process::Stdio;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use salp_tests::procs::settled;
@@ -45,7 +47,10 @@ fn several_vms_are_named_at_once() {
     let reset = document(&user.succeed(&["reset", "a-2", "--json"]));
     assert!(reset["name"] == "a-2" && reset["stages_us"]["memory"].is_number(), "{reset}");
     assert_eq!(user.succeed(&["reset", "a-2", "-q"]), "a-2\n");
+    // What is paused too.
+    user.succeed(&["pause", "kid"]);
     user.succeed(&["stop", "--all"]);
+    assert_eq!(user.succeed(&["ps", "-q"]), "");
     assert_eq!(user.succeed(&["stop", "--all"]), "");
     user.end();
 }
@@ -154,5 +159,31 @@ fn a_vm_is_described_by_a_document() {
     }
     fs::remove_file(file).expect("it is ours");
     user.fail(&["run", "--config", "absent"], 1, &["absent", "No such file"]);
+    user.end();
+}
+
+#[test]
+fn a_colony_answers_no_other_user() {
+    let Some(user) = User::new("cli-alone") else { return };
+    user.run("a", SLEEPER);
+    let socket = user.vm("a")["socket"].as_str().expect("a path").to_owned();
+    let permit = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("it is ours");
+    };
+    // Whoever gets at the socket all the same is not answered.
+    permit(&user.place(), 0o711);
+    permit(Path::new(&socket), 0o777);
+    let mut stranger = Command::new("setpriv");
+    stranger.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "curl", "--silent"]);
+    stranger.args(["--write-out", " %{http_code}", "--unix-socket", &socket, "http://salp/v1/vms"]);
+    match stranger.output() {
+        Ok(output) if rustix::process::geteuid().is_root() && output.status.success() => {
+            let answer = String::from_utf8(output.stdout).expect("text");
+            assert!(answer.contains("\"code\":\"not-yours\"") && answer.ends_with(" 403"), "{answer}");
+        }
+        why => println!("SKIPPED in part: a_colony_answers_no_other_user: no stranger: {why:?}"),
+    }
+    permit(&user.place(), 0o700);
+    user.succeed(&["stop", "a"]);
     user.end();
 }

@@ -91,6 +91,10 @@ fn without_a_filter_the_same_call_is_made() {
         member.ask(Order::BreakOut, &[]).expect("nobody minds");
         assert_eq!(status(member.process(), "Seccomp_filters"), filters);
         assert_eq!(status(member.process(), "NoNewPrivs"), 1);
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", member.process()));
+        let limits = limits.expect("it exists");
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("the field");
+        assert!(core.split_whitespace().skip(4).eq(["0", "0", "bytes"]), "{core}");
     }
 }
 
