@@ -1,9 +1,11 @@
-//! Faults that tests plant in the rules of the memory manager, to prove that they can convict.
+//! Faults that tests plant in the rules of the memory manager and of the pool, to prove that they can
+//! convict.
 //!
 //! Each [`Plant`] breaks one rule at the one place that keeps it. Where a rule is kept, the code asks
 //! [`is_planted`]; in a build that is no test that is the constant `false`, and nothing is left of it.
 //! A test plants a fault for its own thread, by `plant`, and expects that the model, the checker or a
-//! simulated host convicts: `space::tests::model`, and `space::tests::races` for what takes two threads.
+//! simulated host convicts: `space::tests::model`, and `space::tests::races` for what takes two threads;
+//! `keeper::pool` has its own.
 
 /// A broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +84,16 @@ pub(crate) enum Plant {
     OwnedIsShared,
     /// Tables that somebody walks are used again.
     ReclaimsUnderWalkers,
+    /// Who takes a member from the pool leaves it there for a moment.
+    PoolHandsOutTwice,
+    /// A member that is given back to a pool that is full is forgotten.
+    PoolLosesMember,
+    /// Nobody is told that a member has come into the pool.
+    PoolTellsNobody,
+    /// Who finds no place for another member does not look whether one has become ready meanwhile.
+    PoolOverlooksReady,
+    /// A member that dies in the pool stays in it.
+    PoolKeepsDead,
 }
 
 /// Whether a fault is planted: never, but in a test that says so.
@@ -143,11 +155,20 @@ mod planting {
             Self::SettledBeforeTable,
             Self::ReclaimsUnderWalkers,
         ];
+        /// What goes wrong between those who use the pool.
+        pub(crate) const OF_THE_POOL: [Self; 5] = [
+            Self::PoolHandsOutTwice,
+            Self::PoolLosesMember,
+            Self::PoolTellsNobody,
+            Self::PoolOverlooksReady,
+            Self::PoolKeepsDead,
+        ];
     }
 
-    // Every fault is in one of the two.
+    // Every fault is in one of the three.
     const _: () = assert!(
-        Plant::OF_ONE_THREAD.len() + Plant::OF_THREADS.len() == Plant::ReclaimsUnderWalkers as usize + 1
+        Plant::OF_ONE_THREAD.len() + Plant::OF_THREADS.len() + Plant::OF_THE_POOL.len()
+            == Plant::PoolKeepsDead as usize + 1
     );
 
     thread_local! {

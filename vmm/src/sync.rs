@@ -2,8 +2,8 @@
 //!
 //! In a build that is no test these are the standard library's. In a test they are too, and each
 //! operation on them is besides a point at which shuttle may go on with another thread, where it is
-//! shuttle that runs the test: `space::tests::races`. A word has the size and the place of the
-//! standard library's in both, so that shared memory can hold it.
+//! shuttle that runs the test: `space::tests::races`, `keeper::pool`. A word has the size and the place
+//! of the standard library's in both, so that shared memory can hold it.
 //!
 //! Known hole: shuttle keeps to one order of all operations. What weaker memory orders permit is not
 //! seen; that each atomic names its partner is for the reader.
@@ -11,12 +11,25 @@
 #[cfg(not(test))]
 pub use std::sync::atomic::AtomicU32;
 #[cfg(not(test))]
-pub(crate) use std::sync::{Mutex, RwLock};
+pub(crate) use std::sync::{Condvar, Mutex, RwLock};
 
 #[cfg(test)]
 pub use self::interleaved::AtomicU32;
 #[cfg(test)]
-pub(crate) use self::interleaved::{Mutex, RwLock, point};
+pub(crate) use self::interleaved::{Condvar, Mutex, RwLock, point, wait_while};
+
+/// Takes `lock`, waiting on `changed` while what it guards `is_awaited`, for `limit` at most. What is behind
+/// it stays usable after a panic elsewhere.
+#[cfg(not(test))]
+pub(crate) fn wait_while<'a, T>(
+    (lock, changed): (&'a Mutex<T>, &Condvar),
+    limit: std::time::Duration,
+    is_awaited: impl FnMut(&mut T) -> bool,
+) -> std::sync::MutexGuard<'a, T> {
+    let guard = lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let waited = changed.wait_timeout_while(guard, limit, is_awaited);
+    waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
+}
 
 /// The standard library's word.
 #[cfg(not(test))]
@@ -35,7 +48,9 @@ pub const fn plain(word: &AtomicU32) -> &std::sync::atomic::AtomicU32 {
 #[cfg(test)]
 mod interleaved {
     use std::sync::atomic::Ordering;
-    use std::sync::{LockResult, MutexGuard, RwLockReadGuard, RwLockWriteGuard, TryLockError, TryLockResult};
+    use std::sync::{
+        LockResult, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError, TryLockResult,
+    };
     use std::time::Duration;
 
     /// Another thread may go on here, if shuttle runs them.
@@ -82,6 +97,50 @@ mod interleaved {
 
         pub(crate) fn lock(&self) -> LockResult<MutexGuard<'_, T>> {
             acquire(|| self.0.lock(), || self.0.try_lock())
+        }
+    }
+
+    /// The standard library's, and how often it was signalled: shuttle's threads look at that.
+    #[derive(Debug, Default)]
+    pub(crate) struct Condvar {
+        real: std::sync::Condvar,
+        signals: std::sync::atomic::AtomicU32,
+    }
+
+    impl Condvar {
+        pub(crate) const fn new() -> Self {
+            Self { real: std::sync::Condvar::new(), signals: std::sync::atomic::AtomicU32::new(0) }
+        }
+
+        pub(crate) fn notify_all(&self) {
+            point();
+            self.signals.fetch_add(1, Ordering::SeqCst);
+            self.real.notify_all();
+        }
+    }
+
+    /// As in a build that is no test. Where shuttle runs the threads, nobody's time runs out: who is not
+    /// woken waits for ever.
+    pub(crate) fn wait_while<'a, T>(
+        (lock, changed): (&'a Mutex<T>, &Condvar),
+        limit: Duration,
+        mut is_awaited: impl FnMut(&mut T) -> bool,
+    ) -> MutexGuard<'a, T> {
+        loop {
+            let mut guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+            if !is_interleaved() {
+                let waited = changed.real.wait_timeout_while(guard, limit, is_awaited);
+                return waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if !is_awaited(&mut guard) {
+                return guard;
+            }
+            // No thread goes on between this look and the wait.
+            let seen = changed.signals.load(Ordering::SeqCst);
+            drop(guard);
+            while changed.signals.load(Ordering::SeqCst) == seen {
+                shuttle::thread::yield_now();
+            }
         }
     }
 

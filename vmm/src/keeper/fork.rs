@@ -263,7 +263,7 @@ impl Shared {
     /// To make a member takes a processor for milliseconds. While a source publishes, its clones need
     /// that for their first steps; the pool is filled when it has done so, unless it is empty.
     fn fill_pool_later(&self) {
-        if !self.config.publication.in_background || self.lock().pool.is_empty() {
+        if !self.config.publication.in_background || self.pool.count() == 0 {
             self.post(Job::FillPool);
         }
     }
@@ -323,7 +323,7 @@ impl Shared {
         {
             return Err(refusal.clone().into());
         }
-        let mut members: Vec<Had> = self.take_pooled(count).into_iter().map(Ok).collect();
+        let mut members: Vec<Had> = self.pool.take(count).into_iter().map(Ok).collect();
         members.extend(self.make_members(count - members.len(), spec));
         // Whoever made them: those that are wanted first get what there is.
         members.sort_by_key(Had::is_err);

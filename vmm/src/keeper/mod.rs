@@ -15,6 +15,7 @@
 //! | [`reset`] | a clone's return to its cut |
 //! | [`boot`] | first VMs: the built-in guest, or another kernel |
 //! | `nursery` | has members made |
+//! | `pool` | those that are ready before they are wanted, and the places that all have |
 //! | [`map`] | what each leaf of a VM is, and who shares it |
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`usage`] | what VMs use and have done |
@@ -22,7 +23,8 @@
 //! | [`observe`] | who is told what happens on its own |
 //!
 //! # Locks
-//! `inner` (family, names, files) is never held while a member is asked something.
+//! `inner` (family, names, files) is never held while a member is asked something. The pool's lock comes
+//! after it, and after all others.
 
 mod boot;
 pub mod checker;
@@ -34,12 +36,13 @@ pub mod member_handle;
 mod nursery;
 pub mod observe;
 mod pause;
+mod pool;
 mod reset;
 pub mod spec;
 pub mod steward;
 pub mod usage;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -55,6 +58,7 @@ use self::config::arena_budget_bytes;
 use self::limits::Admission;
 use self::member_handle::MemberHandle;
 use self::nursery::Wish;
+use self::pool::Pool;
 use self::spec::CloneSpec;
 use self::steward::{Job, Leftovers};
 use crate::arena_files::{ArenaDir, ArenaError};
@@ -162,12 +166,8 @@ struct Inner {
     vms: BTreeMap<VmId, Arc<MemberHandle>>,
     /// Ended VMs whose processes others may still need.
     images: BTreeMap<VmId, Arc<MemberHandle>>,
-    pool: VecDeque<Arc<MemberHandle>>,
-    /// Members being made.
-    growing: usize,
     /// VMs that are promised and not made.
     promised: usize,
-    free_slots: BTreeSet<u32>,
     /// Each cut's block file and patch file.
     files: BTreeMap<CutId, [OwnedFd; 2]>,
     /// What the host did not give back when it was asked to: it is asked again.
@@ -183,8 +183,9 @@ pub(crate) struct Shared {
     words: Arc<SharedWords>,
     arena: ArenaDir,
     inner: Mutex<Inner>,
-    /// The pool, the images or the family changed.
+    /// The images or the family changed.
     changed: Condvar,
+    pool: Pool<Arc<MemberHandle>>,
     jobs: Mutex<Sender<Job>>,
     wishes: Mutex<Sender<Wish>>,
     is_closing: AtomicBool,
@@ -209,7 +210,7 @@ impl Colony {
     pub fn new(config: ColonyConfig) -> Result<Self, ColonyError> {
         raise_limits();
         let leaves = config.memory.span_leaves();
-        let members = config.members;
+        let (members, pool_size) = (config.members, config.pool);
         // A cut a member and its retries; tables and records in proportion. Untouched parts cost nothing.
         let shape = BoardShape {
             leaves,
@@ -229,10 +230,7 @@ impl Colony {
             family,
             vms: BTreeMap::new(),
             images: BTreeMap::new(),
-            pool: VecDeque::new(),
-            growing: 0,
             promised: 0,
-            free_slots: (0..members).collect(),
             files: BTreeMap::new(),
             leftovers: Leftovers::default(),
             last_cut: BTreeMap::new(),
@@ -245,6 +243,7 @@ impl Colony {
             arena,
             inner: Mutex::new(inner),
             changed: Condvar::new(),
+            pool: Pool::new(pool_size, members),
             jobs: Mutex::new(jobs),
             wishes: Mutex::new(wishes),
             is_closing: AtomicBool::new(false),
@@ -282,7 +281,7 @@ impl Colony {
     /// The ready members, the next to be taken first.
     #[must_use]
     pub fn pooled(&self) -> Vec<Arc<MemberHandle>> {
-        self.shared.lock().pool.iter().cloned().collect()
+        self.shared.pool.ready()
     }
 
     /// Waits until the pool is full.
@@ -293,7 +292,7 @@ impl Colony {
         loop {
             self.shared.fill_pool()?;
             // Others may be making the last ones, and may fail.
-            if self.shared.is_pool_full_at_rest() {
+            if self.shared.pool.await_full(ANSWER_LIMIT) {
                 return Ok(());
             }
         }
@@ -417,53 +416,14 @@ impl Shared {
     /// A ready member: from the pool, or made now. Whoever has taken all that he needs asks for the
     /// pool to be filled again: not before, for that takes processor time from what he does.
     fn take_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
-        loop {
-            if let Some(member) = self.take_pooled(1).pop() {
-                return Ok(member);
-            }
-            match self.make_member() {
-                // The last places are those of members that are being made for the pool.
-                Err(ColonyError::Members(_)) if self.await_pool() => {}
-                made => return made,
-            }
-        }
-    }
-
-    /// Waits while members are being made for the pool and none is ready. Whether that was so.
-    fn await_pool(&self) -> bool {
-        let inner = self.lock();
-        let is_growing = inner.growing > 0;
-        let is_awaited = |inner: &mut Inner| inner.growing > 0 && inner.pool.is_empty();
-        drop(self.changed.wait_timeout_while(inner, ANSWER_LIMIT, is_awaited));
-        is_growing
-    }
-
-    /// Waits while members are being made for the pool. Whether it is full then.
-    fn is_pool_full_at_rest(&self) -> bool {
-        let is_growing = |inner: &mut Inner| inner.growing > 0;
-        let waited = self.changed.wait_timeout_while(self.lock(), ANSWER_LIMIT, is_growing);
-        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        inner.pool.retain(|member| member.is_alive());
-        inner.pool.len() >= self.config.pool
-    }
-
-    /// Up to `count` members from the pool.
-    fn take_pooled(&self, count: usize) -> Vec<Arc<MemberHandle>> {
-        let mut inner = self.lock();
-        inner.pool.retain(|member| member.is_alive());
-        let count = count.min(inner.pool.len());
-        inner.pool.drain(..count).collect()
+        let is_full = |error: &ColonyError| matches!(error, ColonyError::Members(_));
+        self.pool.take_or_make(|| self.make_member(), is_full, ANSWER_LIMIT)
     }
 
     /// Gives back a member that has got no role. Returns it if nobody needs it: its end, when its place is
     /// free again, is to be waited for.
     fn give_back(&self, member: Arc<MemberHandle>) -> Option<Arc<MemberHandle>> {
-        let mut inner = self.lock();
-        if inner.pool.len() + inner.growing < self.config.pool {
-            inner.pool.push_front(member);
-            return None;
-        }
-        drop(inner);
+        let member = self.pool.give_back(member)?;
         member.kill();
         Some(member)
     }
@@ -494,10 +454,10 @@ impl Shared {
     }
 
     fn make_member(self: &Arc<Self>) -> Result<Arc<MemberHandle>, ColonyError> {
-        let slot = self.lock().free_slots.pop_first().ok_or(ColonyError::Members(self.config.members))?;
+        let slot = self.pool.claim().ok_or(ColonyError::Members(self.config.members))?;
         let result = self.make_member_in(slot);
         if result.is_err() {
-            self.lock().free_slots.insert(slot);
+            self.pool.free(slot);
         }
         result
     }
@@ -509,26 +469,7 @@ impl Shared {
     }
 
     fn fill_pool(self: &Arc<Self>) -> Result<(), ColonyError> {
-        loop {
-            {
-                let mut inner = self.lock();
-                inner.pool.retain(|member| member.is_alive());
-                if self.is_closing() || inner.pool.len() + inner.growing >= self.config.pool {
-                    return Ok(());
-                }
-                inner.growing += 1;
-            }
-            let member = self.make_member();
-            let mut inner = self.lock();
-            inner.growing -= 1;
-            // Also if it could not be made: some wait while it may come.
-            self.changed.notify_all();
-            let member = member?;
-            // Its death may have been booked already.
-            if member.is_alive() {
-                inner.pool.push_back(member);
-            }
-        }
+        self.pool.fill(|| self.is_closing(), || self.make_member())
     }
 
     /// A new file pair for a cut.
@@ -556,8 +497,7 @@ impl Drop for Colony {
             let mut inner = self.shared.lock();
             let vms = std::mem::take(&mut inner.vms);
             let images = std::mem::take(&mut inner.images);
-            let pool = std::mem::take(&mut inner.pool);
-            vms.into_values().chain(images.into_values()).chain(pool).collect()
+            vms.into_values().chain(images.into_values()).chain(self.shared.pool.drain()).collect()
         };
         // All at once, then one by one: none needs another any more.
         members.iter().for_each(|member| member.kill());

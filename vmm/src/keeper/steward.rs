@@ -248,10 +248,9 @@ impl Shared {
                 inner.last_cut.remove(&vm);
                 inner.parents.remove(&vm);
             }
-            inner.pool.retain(|other| other.slot() != member.slot());
-            inner.free_slots.insert(member.slot());
             self.remove_file(&mut inner, extents_name(member.process(), member.slot()));
         }
+        self.pool.bury(member.slot());
         self.changed.notify_all();
         self.post(Job::Sweep);
         self.post(Job::FillPool);

@@ -75,6 +75,6 @@ impl Colony {
     /// Members that are ready to become VMs.
     #[must_use]
     pub fn pool_ready(&self) -> usize {
-        self.shared.lock().pool.len()
+        self.shared.pool.count()
     }
 }

@@ -30,7 +30,7 @@ mod pin;
 mod report;
 mod reset;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};

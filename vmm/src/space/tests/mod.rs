@@ -8,5 +8,5 @@
 mod colony;
 mod host;
 mod model;
-mod races;
+pub(crate) mod races;
 mod world;

@@ -457,7 +457,7 @@ fn explore(scenario: fn(), orders: usize, persistence: &FailurePersistence) {
 }
 
 /// The scenario holds; with each of the faults it does not, in some order.
-fn holds_but_with(scenario: fn(), faults: &[Plant]) {
+pub(crate) fn holds_but_with(scenario: fn(), faults: &[Plant]) {
     explore(scenario, orders(), &FailurePersistence::Print);
     for fault in faults {
         let _planted = plants::plant(Some(*fault));
