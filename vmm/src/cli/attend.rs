@@ -81,11 +81,12 @@ impl Visit {
         let console = client().follow_console(name)?;
         let manner = if self.has_input { Manner::Raw } else { Manner::Watched };
         let ends = if self.has_input { "" } else { "Ctrl-C ends it, " };
+        pass_on_signals(background.lifeline.try_clone()?)?;
+        // Before it is said what keys do.
+        let input = Input::open(manner)?;
         eprintln!(
             "salp: {name} runs: `salp fork {name}` clones it, {ends}{LEAVE_KEY_NAME} leaves it running"
         );
-        pass_on_signals(background.lifeline.try_clone()?)?;
-        let input = Input::open(manner)?;
         let shown = show_console(console)?;
         background::say(&background.lifeline, &Wish::Attend)?;
         type_into(name.clone(), input.source, self.has_input, background.lifeline.try_clone()?)?;

@@ -207,8 +207,7 @@ fn describe(what: &What) -> String {
         What::Pins { vm, registered, unregistered, buffers, pages } => {
             let name = &vm.name;
             format!(
-                "{name} pins: {registered} buffers registered, {unregistered} unregistered, has {buffers} \
-                 ({pages} pages)"
+                "{name} pins {pages} pages in registered buffers: {buffers} (+{registered}, -{unregistered})"
             )
         }
         What::Paused { vm } => format!("{} paused", vm.name),
