@@ -180,3 +180,25 @@ fn memory_too_small_is_refused() {
     let words = Arc::new(HeapWords::for_shape(&BoardShape { nodes: 1, ..shape() }));
     drop(Board::new(shape(), words));
 }
+
+/// Whoever counts is to tell once, until the keeper has looked; what is counted is beside all else.
+#[test]
+fn buffers_are_counted_and_told_once_between_two_looks() {
+    let (board, _) = board();
+    let area = board.member(1);
+    assert!(area.count_buffer(true, 24), "the first is told");
+    assert!(!area.count_buffer(true, 2) && !area.count_buffer(false, 24), "nobody has looked since");
+    let first = area.take_buffers();
+    assert_eq!((first.held(), first.since(&BufferCounts::default())), ((1, 2), (2, 1)));
+    assert!(area.count_buffer(false, 2), "somebody has looked");
+    let second = area.take_buffers();
+    assert_eq!((second.held(), second.since(&first)), ((0, 0), (0, 1)));
+    // After the greatest count they begin again.
+    let greatest = BufferCounts { registered: u32::MAX, unregistered: u32::MAX, ..first };
+    let after = BufferCounts { registered: 1, unregistered: 0, ..first };
+    assert_eq!((after.held().0, after.since(&greatest)), (1, (2, 1)));
+    (0..shape().leaves).for_each(|leaf| assert_eq!(area.map(LeafNumber(leaf)), LeafMap::Unknown));
+    assert_eq!((area.doorbell().load(Ordering::Relaxed), area.walkers()), (0, 0));
+    assert_eq!(area.walk(|base| base), 0);
+    assert_eq!(board.member(0).take_buffers(), BufferCounts::default());
+}
