@@ -209,7 +209,8 @@ impl Run<'_> {
         if is_wait && [ROOT, "%61"].contains(&request.name) {
             return Some(());
         }
-        if is_wait || request.body.windows(10).any(|ten| ten == b"wait_ready") {
+        let is_fork = request.template == "/v1/vms/{name}/fork";
+        if is_wait || is_fork && request.body.windows(10).any(|ten| ten == b"wait_ready") {
             self.waiting.push(Waiting { connection, operation: (request.method, request.template) });
             return Some(());
         }
