@@ -337,7 +337,7 @@ impl Observer for Namer {
     fn gone(&self, _: VmId) {}
     fn forked(&self, _: Forked) {}
 
-    fn name_clone(&self, _: VmId) -> Result<Option<String>, ColonyError> {
+    fn name_clone(&self, _: &str) -> Result<Option<String>, ColonyError> {
         let name = self.names.lock().expect("nobody panics").pop();
         name.map(Some).ok_or_else(|| ColonyError::Nameless("there are no more".to_owned()))
     }

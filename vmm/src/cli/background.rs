@@ -159,6 +159,7 @@ pub(super) fn detach(settings: &Settings) -> Result<ExitCode, RunError> {
 /// # Errors
 /// It was not started by `salp run`, which is told everything else.
 pub fn keep(settings: &str) -> Result<ExitCode, RunError> {
+    spawn::take_signals()?;
     let lifeline = UnixStream::from(spawn::adopt(LIFELINE_NUMBER)?);
     let mut heard = Heard(BufReader::new(lifeline.try_clone()?));
     let started = start(settings);

@@ -170,6 +170,8 @@ fn colony_status(error: &ColonyError) -> (StatusCode, &'static str) {
         ColonyError::NotReady { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not-ready"),
         ColonyError::Members(_) => (StatusCode::SERVICE_UNAVAILABLE, "no-room"),
         ColonyError::Silent { .. } => (StatusCode::SERVICE_UNAVAILABLE, "silent-vm"),
+        // Who asked has found it by its name: it has ended since.
+        ColonyError::NoVm(_) | ColonyError::Died(_) => (StatusCode::CONFLICT, "not-running"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }

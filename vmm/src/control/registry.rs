@@ -274,11 +274,10 @@ impl Observer for Registry {
         self.events.note_pins();
     }
 
-    fn name_clone(&self, source: VmId) -> Result<Option<String>, ColonyError> {
+    fn name_clone(&self, source: &str) -> Result<Option<String>, ColonyError> {
         let nameless = |error: ControlError| ColonyError::Nameless(error.to_string());
-        let source = self.of(source).ok_or(ColonyError::NoVm(source))?;
         let locked = self.place.lock().map_err(nameless)?;
-        let names = locked.free_names(&source.name, 1);
+        let names = locked.free_names(source, 1);
         locked.claim(&names, &self.socket).map_err(nameless)?;
         Ok(names.into_iter().next())
     }

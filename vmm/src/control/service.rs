@@ -121,6 +121,8 @@ pub(super) struct Service {
     pub(super) settings: Settings,
     /// Forks and resets on their way.
     pub(super) under_way: Mutex<usize>,
+    /// Held while a VM is booted: it is not known before, and may fork itself at once.
+    pub(super) booting: Mutex<()>,
     /// Clones whose guests have ended and that can be reset, the longest ended first.
     pub(super) kept: Mutex<VecDeque<VmId>>,
 }
@@ -184,6 +186,7 @@ impl Keeper {
             socket,
             settings,
             under_way: Mutex::new(0),
+            booting: Mutex::default(),
             kept: Mutex::default(),
         });
         let server = Server::start(Arc::clone(&service), listener)?;
@@ -366,6 +369,7 @@ impl Service {
     }
 
     fn try_name_clones(&self, forked: &Forked) -> Result<(), ControlError> {
+        drop(lock(&self.booting));
         let Some(source) = self.registry.of(forked.source) else { return Err(ControlError::Ending) };
         let colony = self.colony.read().unwrap_or_else(PoisonError::into_inner);
         let colony = colony.as_ref().ok_or(ControlError::Ending)?;
@@ -409,6 +413,7 @@ impl Service {
         drop(locked);
         let started = self.under_way(|| {
             let console = Arc::new(create_console(&self.place, &name)?);
+            let _booting = lock(&self.booting);
             self.with_colony(|colony| {
                 let vm = boot(colony, &name, &settings)?;
                 let pid = colony.member(vm).map_or(0, |member| member.process());

@@ -111,12 +111,27 @@ pub struct Child {
     ending: Mutex<Option<Ending>>,
 }
 
+/// What a terminal's Ctrl-C and timeout(1) send to whole process groups. A child that has just begun would
+/// die of it before it could say what these signals are to it: it calls [`take_signals`] then.
+pub const FOR_LATER: [libc::c_int; 2] = [libc::SIGINT, libc::SIGTERM];
+
+/// Unblocks [`FOR_LATER`] in this thread, and in those that it starts.
+///
+/// # Errors
+/// The host refused.
+pub fn take_signals() -> io::Result<()> {
+    for signal in FOR_LATER {
+        vmm_sys_util::signal::unblock_signal(signal).map_err(|error| io::Error::other(error.to_string()))?;
+    }
+    Ok(())
+}
+
 /// Starts this binary again.
 ///
 /// `arguments` follow the program's name; `variables` are added to this process's environment;
 /// `descriptors` are open in the child at the given numbers, from [`FIRST_HANDED_OVER`] on, each
-/// number once. The child starts with no signal blocked and `SIGPIPE` at its default. The standard
-/// streams are inherited.
+/// number once. The child starts with [`FOR_LATER`] blocked and no other signal, `SIGPIPE` at its
+/// default. The standard streams are inherited.
 ///
 /// # Errors
 /// The host has no room for another process, or one of the arguments cannot be passed on. No process
@@ -419,16 +434,19 @@ impl Settings {
         Ok(settings)
     }
 
-    /// A vCPU thread may block signals, and std ignores `SIGPIPE`: neither is the child's business.
+    /// What signals the parent's thread blocks, and that std ignores `SIGPIPE`, is not the child's business.
     fn reset_signals(&mut self) -> Result<(), SpawnError> {
-        let mut none = MaybeUninit::uninit();
+        let mut later = MaybeUninit::uninit();
         let mut pipe = MaybeUninit::uninit();
         // SAFETY: both sets are initialised before use, and the attributes are valid.
         let result = unsafe {
-            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigemptyset(later.as_mut_ptr());
+            for signal in FOR_LATER {
+                libc::sigaddset(later.as_mut_ptr(), signal);
+            }
             libc::sigemptyset(pipe.as_mut_ptr());
             libc::sigaddset(pipe.as_mut_ptr(), libc::SIGPIPE);
-            libc::posix_spawnattr_setsigmask(&raw mut self.attributes, none.as_ptr())
+            libc::posix_spawnattr_setsigmask(&raw mut self.attributes, later.as_ptr())
                 | libc::posix_spawnattr_setsigdefault(&raw mut self.attributes, pipe.as_ptr())
         };
         check("prepare a child's signals", result)?;

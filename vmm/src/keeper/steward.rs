@@ -280,8 +280,10 @@ impl Shared {
     /// One clone, called what the observer says.
     fn fork_named(self: &Arc<Self>, vm: VmId, vcpu: usize) -> Result<Forked, ColonyError> {
         let observer = self.observer();
+        let member = self.member(vm)?;
+        let source = member.identity().map_or("", |identity| &identity.name);
         // no failure point: the observer says what the clone is called
-        let name = observer.as_ref().map_or(Ok(None), |observer| observer.name_clone(vm))?;
+        let name = observer.as_ref().map_or(Ok(None), |observer| observer.name_clone(source))?;
         let mut spec = ForkSpec::plain(1);
         spec.clones[0].name.clone_from(&name);
         let forked = self.fork(vm, &spec, Some(vcpu));

@@ -54,9 +54,10 @@ pub fn run() -> Result<(), MemberError> {
     spawn::die_with_parent()?;
     // A terminal's Ctrl-C and timeout(1)'s SIGTERM go to the whole process group: what follows from
     // them is the keeper's to say.
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in spawn::FOR_LATER {
         signal_hook::flag::register(signal, Arc::default()).map_err(MemberError::Window)?;
     }
+    spawn::take_signals().map_err(MemberError::Window)?;
     let orders = Channel::from_fd(spawn::adopt(CHANNEL_NUMBER)?)?;
     let Some((setup, descriptors)) = orders.receive::<Setup>()? else { return Ok(()) };
     let heritage = prepare(setup, descriptors);

@@ -38,6 +38,11 @@ fn a_child_plays_its_part() {
             Channel::from_fd(adopt(3).expect("adopt")).expect("channel").send(&0_i32, &[]).expect("send");
             sleep();
         }
+        "take signals" => {
+            Channel::from_fd(adopt(3).expect("adopt")).expect("channel").send(&0_i32, &[]).expect("send");
+            take_signals().expect("unblocked");
+            unreachable!("one was sent before it began");
+        }
         other => panic!("no part {other}"),
     }
     // Before the harness reports a test that is none.
@@ -174,4 +179,17 @@ fn variables_replace_what_had_their_name() {
         text.as_bytes().read_to_string(&mut all).expect("text");
     }
     assert!(all.contains(&format!("{PARENT_VARIABLE}={}", std::process::id())));
+}
+
+#[test]
+fn a_signal_to_a_child_that_has_just_begun_comes_when_it_takes_signals() {
+    for signal in [Signal::INT, Signal::TERM] {
+        let (ours, theirs) = Channel::pair().expect("pair");
+        let child = play("take signals", &[(theirs.as_fd(), 3)]);
+        drop(theirs);
+        rustix::process::kill_process(child.pid(), signal).expect("it was just started");
+        let (word, _) = ours.receive::<i32>().expect("receive").expect("it lives long enough to say so");
+        assert_eq!(word, 0);
+        assert_eq!(child.wait().expect("wait"), Ending::Killed(signal.as_raw()));
+    }
 }
