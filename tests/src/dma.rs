@@ -144,19 +144,22 @@ impl<'a> Engine<'a> {
         u32::try_from(result_and_status >> 32).expect("half of a word")
     }
 
-    /// Waits until a transfer is completed in a VM: its guest polls.
+    /// Waits until a transfer is completed in a VM, well or not: its guest polls. Returns the status.
     #[track_caller]
-    pub fn complete(&self, vm: VmId, submitted: Submitted) {
+    pub fn end(&self, vm: VmId, submitted: Submitted) -> u32 {
         let begun = Instant::now();
         loop {
             match self.status(vm, submitted) {
                 status::PENDING => assert!(begun.elapsed() < LIMIT, "{vm}: {submitted:?} does not complete"),
-                status => {
-                    assert_eq!(status, status::OK, "{vm}: {submitted:?}");
-                    return;
-                }
+                status => return status,
             }
         }
+    }
+
+    /// Waits until a transfer is completed in a VM.
+    #[track_caller]
+    pub fn complete(&self, vm: VmId, submitted: Submitted) {
+        assert_eq!(self.end(vm, submitted), status::OK, "{vm}: {submitted:?}");
     }
 
     /// Does a transfer.

@@ -36,9 +36,9 @@ pub trait Observer: Send + Sync {
     /// The devices of some VM have pinned buffers for long, or let them go, for the first time since
     /// [`Colony::take_buffers`].
     fn buffers_changed(&self) {}
-    /// The guest of `source` has asked for a fork, perhaps before whoever booted it knows of it: what the clone
-    /// is called, if that is not the colony's to make up. Not called by a reader: it may wait for others, but
-    /// not for this colony.
+    /// The guest of `source` has asked for a fork, perhaps before whoever booted it knows of it: what the
+    /// clone is called, if that is not the colony's to make up. Not called by a reader: it may wait for
+    /// others, but not for this colony.
     ///
     /// # Errors
     /// It gets no name: there is no fork.
