@@ -130,8 +130,8 @@ pub fn take_signals() -> io::Result<()> {
 ///
 /// `arguments` follow the program's name; `variables` are added to this process's environment;
 /// `descriptors` are open in the child at the given numbers, from [`FIRST_HANDED_OVER`] on, each
-/// number once. The child starts with [`FOR_LATER`] blocked and no other signal, `SIGPIPE` at its
-/// default. The standard streams are inherited.
+/// number once. The child starts with [`FOR_LATER`] blocked and no other signal, those and
+/// `SIGPIPE` at their defaults. The standard streams are inherited.
 ///
 /// # Errors
 /// The host has no room for another process, or one of the arguments cannot be passed on. No process
@@ -434,20 +434,22 @@ impl Settings {
         Ok(settings)
     }
 
-    /// What signals the parent's thread blocks, and that std ignores `SIGPIPE`, is not the child's business.
+    /// What signals the parent's thread blocks is not the child's business, nor what is ignored: `SIGPIPE` by
+    /// std, and those for later where a shell has started the parent in the background.
     fn reset_signals(&mut self) -> Result<(), SpawnError> {
         let mut later = MaybeUninit::uninit();
-        let mut pipe = MaybeUninit::uninit();
+        let mut heeded = MaybeUninit::uninit();
         // SAFETY: both sets are initialised before use, and the attributes are valid.
         let result = unsafe {
             libc::sigemptyset(later.as_mut_ptr());
+            libc::sigemptyset(heeded.as_mut_ptr());
+            libc::sigaddset(heeded.as_mut_ptr(), libc::SIGPIPE);
             for signal in FOR_LATER {
                 libc::sigaddset(later.as_mut_ptr(), signal);
+                libc::sigaddset(heeded.as_mut_ptr(), signal);
             }
-            libc::sigemptyset(pipe.as_mut_ptr());
-            libc::sigaddset(pipe.as_mut_ptr(), libc::SIGPIPE);
             libc::posix_spawnattr_setsigmask(&raw mut self.attributes, later.as_ptr())
-                | libc::posix_spawnattr_setsigdefault(&raw mut self.attributes, pipe.as_ptr())
+                | libc::posix_spawnattr_setsigdefault(&raw mut self.attributes, heeded.as_ptr())
         };
         check("prepare a child's signals", result)?;
         let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
