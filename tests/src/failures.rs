@@ -145,7 +145,7 @@ fn run<O: Operation>(world: &World, operation: &O, failure: Option<&Failure>) ->
 }
 
 /// How often a run is repeated whose failure did not happen: processes are not in step.
-const TRIES: usize = 5;
+const TRIES: usize = 10;
 
 /// Runs `operation` with each failure that it can meet, and returns how many there were. Every hit of a
 /// point fails once with `SALP_FAILURES=all`.
@@ -172,8 +172,7 @@ pub fn fail_everywhere<O: Operation>(test: &str, world: &World, operation: &O) -
     }
     println!("{test}: {injected} failures injected, {missed} points not met again");
     // A leaf that the publisher has reached first needs no step of the clone's: such a point may be missed.
-    // On a busy host more so.
-    assert!(missed * 5 <= seen.points.len(), "{missed} of {} points were not met again", seen.points.len());
+    assert!(missed * 10 <= seen.points.len(), "{missed} of {} points were not met again", seen.points.len());
     injected
 }
 
