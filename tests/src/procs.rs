@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use salp::torture::script;
+
 /// The environment variable that names the salp binary to a program that is not of its build: a fuzzer.
 pub const BINARY: &str = "SALP_BINARY";
 
@@ -130,9 +132,9 @@ pub fn marked(name: &str, value: &str) -> BTreeSet<u32> {
     entries("/proc").iter().filter_map(|name| name.parse().ok()).filter(is_marked).collect()
 }
 
-/// Numbers that a seed decides (splitmix64).
+/// Numbers that a seed decides.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random(script::Random);
 
 impl Random {
     /// From the environment variable `SALP_SEED`, else from the clock. Prints it.
@@ -145,22 +147,18 @@ impl Random {
         };
         let seed = given.unwrap_or_else(clock);
         println!("{test}: SALP_SEED={seed} repeats this run's choices");
-        Self(seed)
+        Self(script::Random::new(seed))
     }
 
     /// Draws a number.
     pub fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
+        self.0.draw()
     }
 
     /// A number below `limit`, which is not 0.
     pub fn below(&mut self, limit: usize) -> usize {
         let limit = u64::try_from(limit).expect("an index fits 64 bits");
-        usize::try_from(self.draw() % limit).expect("it is below an index")
+        usize::try_from(self.0.below(limit)).expect("it is below an index")
     }
 
     /// Whether a thing happens that happens in `percent` of 100 cases.

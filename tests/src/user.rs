@@ -1,6 +1,7 @@
 //! A user of the commands: the real binary, each command a process of its own, in a directory of sockets
 //! that nobody else has.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -27,8 +28,13 @@ impl User {
     /// None: the host cannot run a VM.
     #[must_use]
     pub fn new(test: &str) -> Option<Self> {
-        can_run(test, GuestKind::Kvm)
-            .then(|| Self { scratch: Scratch::new(test), mark: format!("{test}-{}", std::process::id()) })
+        can_run(test, GuestKind::Kvm).then(|| Self::of_any_host(test))
+    }
+
+    /// A user, whatever the host can run.
+    #[must_use]
+    pub fn of_any_host(test: &str) -> Self {
+        Self { scratch: Scratch::new(test), mark: format!("{test}-{}", std::process::id()) }
     }
 
     /// A command of this user's.
@@ -36,6 +42,13 @@ impl User {
         let mut command = Command::new(salp_binary());
         command.args(arguments).env(MARK, &self.mark).env("TMPDIR", self.scratch.path());
         command.env_remove("XDG_RUNTIME_DIR").current_dir(self.scratch.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// A demo of a second or so, whose table nobody reads.
+    pub fn demo(&self) -> Command {
+        let mut command = self.command(&["demo", "--memory", "64M", "--clones", "3", "--dirty", "32M"]);
+        command.stdout(Stdio::null());
         command
     }
 
@@ -138,6 +151,12 @@ impl User {
         text
     }
 
+    /// The processes of this user's commands.
+    #[must_use]
+    pub fn processes(&self) -> BTreeSet<u32> {
+        marked(MARK, &self.mark)
+    }
+
     /// Checks that nothing is left.
     pub fn end(self) {
         expect_nothing_left(&self.mark, &self.scratch);
@@ -147,7 +166,7 @@ impl User {
 impl Drop for User {
     /// A test that failed leaves no VM behind either. After [`end`](User::end) there is none.
     fn drop(&mut self) {
-        for pid in marked(MARK, &self.mark) {
+        for pid in self.processes() {
             let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
             // A member that went with its keeper is gone already.
             let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,8 @@ use salp::kvm::Kvm;
 use salp::member::messages::{GuestKind, Order, PuppetOrder};
 use salp::words::MemoryShape;
 use salp_protocol::{layout, order};
-use salp_tests::procs::{MARK, Random, Scratch, Usage, children, expect_nothing_left, salp_binary, settled};
+use salp_tests::procs::{Random, Usage, children, salp_binary, settled};
+use salp_tests::user::User;
 
 const MEMORY_BYTES: u64 = 16 << 20;
 /// Pages that carry a stamp: 16 in each leaf from the first free one on.
@@ -419,19 +420,8 @@ fn kills(usual: usize) -> usize {
 /// One run of the demo in its own process group, sent `signal` after `delay`. Returns how it ended and
 /// what it said; the time it took if it ended by itself.
 fn demo(signal: Option<(Signal, Duration, bool)>, moment: usize) -> (ExitStatus, String, Duration) {
-    let scratch = Scratch::new("signals");
-    let mark = format!("signals-{}-{moment}", std::process::id());
-    let mut child = Command::new(salp_binary())
-        .args(["demo", "--memory", "64M", "--clones", "3", "--dirty", "32M"])
-        .env(MARK, &mark)
-        .env("TMPDIR", scratch.path())
-        .current_dir(scratch.path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .expect("salp starts");
+    let user = User::of_any_host(&format!("signals-{moment}"));
+    let mut child = user.demo().stderr(Stdio::piped()).process_group(0).spawn().expect("salp starts");
     let pid = Pid::from_child(&child);
     let start = Instant::now();
     if let Some((signal, delay, is_for_all)) = signal {
@@ -449,7 +439,7 @@ fn demo(signal: Option<(Signal, Duration, bool)>, moment: usize) -> (ExitStatus,
     std::io::Read::read_to_string(&mut child.stderr.take().expect("piped"), &mut said).expect("text");
     let status = child.wait().expect("it was started here");
     let took = start.elapsed();
-    expect_nothing_left(&mark, &scratch);
+    user.end();
     (status, said, took)
 }
 

@@ -11,8 +11,9 @@ use salp::words::LeafNumber;
 use salp_protocol::order;
 use salp_tests::axes::LEVEL;
 use salp_tests::both_guests;
-use salp_tests::procs::{MARK, Scratch, expect_nothing_left, marked, salp_binary, settled};
+use salp_tests::procs::{salp_binary, settled};
 use salp_tests::row::{ALONE, FULL, NEW, OLD, OTHER, at, attempt, write_memory};
+use salp_tests::user::User;
 use salp_tests::world::{LIMIT, Setup, World};
 
 both_guests! {
@@ -191,23 +192,12 @@ fn k6_the_process_is_killed(test: &str, guest: GuestKind) {
         if guest == GuestKind::Thread {
             return Err("no command runs thread guests".to_owned());
         }
-        let scratch = Scratch::new("killed");
-        let mark = format!("killed-{}", std::process::id());
-        let mut demo = Command::new(salp_binary())
-            .args(["demo", "--memory", "64M", "--clones", "3", "--dirty", "32M"])
-            .env(MARK, &mark)
-            .env("TMPDIR", scratch.path())
-            .current_dir(scratch.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("salp starts");
-        let members = || marked(MARK, &mark).len();
-        settled(LIMIT, members, |members| *members > 1);
+        let user = User::of_any_host("killed");
+        let mut demo = user.demo().stderr(Stdio::null()).spawn().expect("salp starts");
+        settled(LIMIT, || user.processes().len(), |processes| *processes > 1);
         demo.kill().expect("it is ours");
         demo.wait().expect("it is ours");
-        expect_nothing_left(&mark, &scratch);
+        user.end();
         Ok(())
     });
 }

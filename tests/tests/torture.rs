@@ -1,11 +1,11 @@
 //! `salp torture` runs, counts what it did, leaves nothing behind, and finds a fault that is planted.
 
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use salp_tests::procs::{MARK, Scratch, expect_nothing_left, salp_binary};
+use salp_tests::user::User;
 use salp_tests::world::can_run;
 use salp_tests::{GuestKind, both_guests};
 use serde_json::Value;
@@ -19,31 +19,23 @@ both_guests! {
 /// A run of the torture, in a process group and a directory of its own.
 struct Run {
     child: Child,
-    mark: String,
-    scratch: Scratch,
+    user: User,
 }
 
 impl Run {
     fn start(guest: GuestKind, time: &str, plant: Option<&str>) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let mark = format!("torture-{}-{number}", std::process::id());
-        let scratch = Scratch::new(&format!("torture-{number}"));
+        let user = User::of_any_host(&format!("torture-{number}"));
         let guest = if guest == GuestKind::Kvm { "kvm" } else { "thread" };
-        let mut command = Command::new(salp_binary());
-        command
-            .args(["torture", "--memory", "32M", "--vms", "5", "--seed", "5", "--json"])
-            .args(["--time", time, "--guest", guest])
-            .env(MARK, &mark)
-            .env("TMPDIR", scratch.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0);
+        let mut command =
+            user.command(&["torture", "--memory", "32M", "--vms", "5", "--seed", "5", "--json"]);
+        command.args(["--time", time, "--guest", guest]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         if let Some(plant) = plant {
             command.env("SALP_TORTURE_PLANT", plant);
         }
-        Self { child: command.spawn().expect("salp starts"), mark, scratch }
+        Self { child: command.spawn().expect("salp starts"), user }
     }
 
     /// Waits for the end; what it said, and its report.
@@ -51,7 +43,7 @@ impl Run {
     fn end(self) -> (Output, Value) {
         let number = self.child.id();
         let output = self.child.wait_with_output().expect("it was started here");
-        expect_nothing_left(&self.mark, &self.scratch);
+        self.user.end();
         let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
         assert!(!swaps.contains(&format!("salp-torture-{number}")), "swap is left: {swaps}");
         for place in ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"] {
