@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use shuttle::thread::spawn;
 
 use super::*;
-use crate::space::tests::races::holds_but_with;
+use crate::space::tests::races::races;
 use crate::sync::AtomicU32;
 
 /// A member without a process.
@@ -170,24 +170,13 @@ fn deaths_in_the_pool() {
     scene.check();
 }
 
-macro_rules! races {
-    ($($name:ident: $scenario:ident, [$($fault:ident),*];)*) => {
-        $(
-            #[test]
-            fn $name() {
-                holds_but_with($scenario, &[$(Plant::$fault),*]);
-            }
-        )*
-
-        #[test]
-        fn every_fault_of_the_pool_is_planted() {
-            assert_eq!([$($(Plant::$fault),*),*], Plant::OF_THE_POOL);
-        }
-    };
-}
-
 races! {
     two_take_while_it_is_filled: takers_against_filler, [PoolHandsOutTwice, PoolLosesMember];
     who_finds_no_place_waits: the_last_place, [PoolTellsNobody, PoolOverlooksReady];
     members_die_in_it: deaths_in_the_pool, [PoolKeepsDead];
+}
+
+#[test]
+fn every_fault_of_the_pool_is_planted() {
+    assert_eq!(*PLANTED, Plant::OF_THE_POOL);
 }

@@ -468,25 +468,20 @@ pub(crate) fn holds_but_with(scenario: fn(), faults: &[Plant]) {
     }
 }
 
+/// A test of each scenario, with the faults that it does not hold with; all of these are `PLANTED`.
 macro_rules! races {
     ($($name:ident: $scenario:ident, [$($fault:ident),*];)*) => {
         $(
             #[test]
             fn $name() {
-                holds_but_with($scenario, &[$(Plant::$fault),*]);
+                $crate::space::tests::races::holds_but_with($scenario, &[$(Plant::$fault),*]);
             }
         )*
 
-        /// Every fault that takes threads is planted in one of the scenarios.
-        #[test]
-        fn every_fault_between_threads_is_planted() {
-            let planted = [$($(Plant::$fault),*),*];
-            for fault in Plant::OF_THREADS {
-                assert!(planted.contains(&fault), "{fault:?} is planted nowhere");
-            }
-        }
+        const PLANTED: &[Plant] = &[$($(Plant::$fault),*),*];
     };
 }
+pub(crate) use races;
 
 races! {
     a_pin_against_a_cut: pin_against_cut, [PinOutsideRemap, PinnedNotCopied];
@@ -499,4 +494,11 @@ races! {
     a_walk_against_reuse: walk_against_reuse, [ReclaimsUnderWalkers];
     requests_against_their_answers: requests_alone, [WakesNobody, RequestsTakenTwice];
     requests_against_the_publisher: requests_against_publisher, [WakesNobody];
+}
+
+#[test]
+fn every_fault_between_threads_is_planted() {
+    for fault in Plant::OF_THREADS {
+        assert!(PLANTED.contains(&fault), "{fault:?} is planted nowhere");
+    }
 }
