@@ -16,7 +16,6 @@ use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::background::{self, Background, Told, Wish};
@@ -202,7 +201,7 @@ fn type_into(name: String, source: Source, has_input: bool, lifeline: UnixStream
 
 /// Has the colony end as a signal wants.
 fn pass_on_signals(lifeline: UnixStream) -> io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+    let mut signals = Signals::new(terminal::ENDING_SIGNALS)?;
     let run = move || {
         for (seen, signal) in signals.forever().enumerate() {
             if seen >= PATIENCE {

@@ -71,8 +71,7 @@ fn type_into(name: &str, source: Source) {
 
 /// Whatever ends this process makes the terminal what it was.
 fn restore_at_signals() -> io::Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+    let mut signals = signal_hook::iterator::Signals::new(terminal::ENDING_SIGNALS)?;
     let run = move || {
         if let Some(signal) = signals.forever().next() {
             terminal::restore();

@@ -495,8 +495,7 @@ struct SignalWatch {
 
 impl SignalWatch {
     fn start(registry: &Arc<Registry>) -> Result<Self, ControlError> {
-        use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+        let mut signals = signal_hook::iterator::Signals::new(terminal::ENDING_SIGNALS)?;
         let (handle, registry) = (signals.handle(), Arc::clone(registry));
         let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
             for (seen, signal) in signals.forever().enumerate() {

@@ -22,11 +22,14 @@ use rustix::stdio::{stdin, stdout};
 use rustix::termios::{
     LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr,
 };
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 /// Ctrl-]: leaves the guest's console; the guest goes on.
 pub const LEAVE_KEY: u8 = 0x1d;
 /// The leave key for people.
 pub const LEAVE_KEY_NAME: &str = "Ctrl-]";
+/// The signals with which a user or a terminal ends what runs there.
+pub const ENDING_SIGNALS: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
 /// Read at once.
 const CHUNK_BYTES: usize = 4096;
 

@@ -102,6 +102,12 @@ impl Slot {
         matches!(self.order, Order::Stop | Order::Rouse | Order::Save) || self.ended
     }
 
+    /// The vCPU is to run: what was saved is past.
+    fn release(&mut self) {
+        self.saved = None;
+        self.order = Order::Run;
+    }
+
     /// The thread's part of [`begin_save`].
     fn save(&mut self) {
         if let Phase::Parked(running) = &self.phase {
@@ -350,8 +356,7 @@ impl VcpuThread {
     /// It is not stopped, or its thread is gone.
     pub fn resume(&self) -> Result<(), KvmError> {
         self.with_stopped(|slot| {
-            slot.saved = None;
-            slot.order = Order::Run;
+            slot.release();
             self.shared.stop.lower();
             let times = &self.shared.times;
             times.entered.store(0, Ordering::Relaxed);
@@ -383,8 +388,7 @@ impl VcpuThread {
                 return Err(KvmError::Gone { vcpu: self.index() });
             }
             // Under the lock, as they are raised: the thread sees both or neither when it looks at its order.
-            slot.saved = None;
-            slot.order = Order::Run;
+            slot.release();
             self.shared.stop.lower();
         }
         self.shared.tell();

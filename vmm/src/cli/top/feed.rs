@@ -10,11 +10,11 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use ratatui::crossterm::event::{self, Event as Input};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::cli::client;
 use crate::control::events::{Event, What};
 use crate::control::resources::{MemoryView, StatsView};
+use crate::control::terminal::ENDING_SIGNALS;
 use crate::control::{ControlError, ForkRequest, VmView, WantedState};
 
 /// How often figures are asked for where nothing happens.
@@ -68,7 +68,7 @@ impl Feed {
     pub(super) fn start(news: Sender<News>) -> io::Result<Self> {
         let (nudge, nudges) = channel();
         let chosen = Arc::new(Mutex::new(None));
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])?;
+        let mut signals = signal_hook::iterator::Signals::new(ENDING_SIGNALS)?;
         let tell = news.clone();
         spawn("signals", move || {
             for signal in signals.forever() {
