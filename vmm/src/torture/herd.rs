@@ -326,7 +326,9 @@ impl<'a> Herd<'a> {
                 Err(self.finding(vm, "it is told of lost pages, and nobody was killed with any"))
             }
             Verdict::Verified => Err(self.finding(vm, "it ended, and nobody asked it to")),
-            Verdict::Unexplained(text) | Verdict::Wrong(text) => Err(self.finding(vm, &text)),
+            Verdict::Unexplained(text) | Verdict::Begun(text) | Verdict::Wrong(text) => {
+                Err(self.finding(vm, &text))
+            }
         }
     }
 
@@ -356,11 +358,15 @@ impl<'a> Herd<'a> {
 
     /// Hears what every VM says.
     fn listen(&mut self) -> Result<(), Finding> {
-        let said: Vec<_> = self.subjects.values().map(|subject| (subject.vm, subject.verdict())).collect();
-        for (vm, verdict) in said {
-            let verdict = match verdict {
+        let vms: Vec<_> = self.subjects.keys().copied().collect();
+        for vm in vms {
+            let Some(subject) = self.subjects.get(&vm) else { continue };
+            let verdict = match subject.verdict() {
                 // Who resolves faults says so a moment later.
-                Verdict::Unexplained(_) => self.subjects[&vm].await_word(|_| false),
+                Verdict::Unexplained(_) => subject.await_word(|_| false),
+                Verdict::Begun(_) if !subject.is_paused => subject.await_word(|_| false),
+                // Heard when it runs again.
+                Verdict::Begun(_) => Verdict::Fine,
                 other => other,
             };
             self.judge(vm, verdict)?;

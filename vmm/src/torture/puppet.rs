@@ -220,14 +220,16 @@ impl Puppet<'_> {
             }
             last = verdict(state);
             match &last {
-                Verdict::Fine | Verdict::Unexplained(_) => None,
+                Verdict::Fine | Verdict::Unexplained(_) | Verdict::Begun(_) => None,
                 Verdict::Told => Some(Err(Outcome::Told)),
                 Verdict::Verified => Some(Err(Outcome::Wrong(format!("{} ended by itself", self.vm)))),
                 Verdict::Wrong(text) => Some(Err(Outcome::Wrong(text.clone()))),
             }
         });
         found.map_err(|error| match (error, last) {
-            (ColonyError::Silent { .. }, Verdict::Unexplained(text)) => Outcome::Wrong(text),
+            (ColonyError::Silent { .. }, Verdict::Unexplained(text) | Verdict::Begun(text)) => {
+                Outcome::Wrong(text)
+            }
             (error, _) => refused(error),
         })?
     }

@@ -64,6 +64,8 @@ pub(super) enum Verdict {
     Told,
     /// It has ended by a fault of which nobody has said yet that a page is lost.
     Unexplained(String),
+    /// Its guest counts an error and has not told the whole of it yet, which it does when it runs.
+    Begun(String),
     /// Something is wrong.
     Wrong(String),
 }
@@ -155,7 +157,7 @@ impl Subject {
             Verdict::Verified => Outcome::Verified,
             Verdict::Told => Outcome::Told,
             Verdict::Fine => Outcome::Wrong("it verifies for ever".to_owned()),
-            Verdict::Unexplained(text) | Verdict::Wrong(text) => Outcome::Wrong(text),
+            Verdict::Unexplained(text) | Verdict::Begun(text) | Verdict::Wrong(text) => Outcome::Wrong(text),
         }
     }
 
@@ -166,7 +168,7 @@ impl Subject {
             last = verdict(state);
             let is_there = match last {
                 // Who resolves faults says by itself that a page is lost, before or after.
-                Verdict::Unexplained(_) => false,
+                Verdict::Unexplained(_) | Verdict::Begun(_) => false,
                 Verdict::Fine => is(state),
                 _ => true,
             };
@@ -174,7 +176,7 @@ impl Subject {
         });
         match (found, last) {
             (Ok(found), _) => found,
-            (Err(ColonyError::Silent { .. }), Verdict::Unexplained(text)) => Verdict::Unexplained(text),
+            (Err(ColonyError::Silent { .. }), last @ (Verdict::Unexplained(_) | Verdict::Begun(_))) => last,
             (Err(error), _) => Verdict::Wrong(error.to_string()),
         }
     }
@@ -221,9 +223,12 @@ fn await_moment(after: Duration) {
 /// See the module's table.
 pub(super) fn verdict(state: &MemberState) -> Verdict {
     let console = String::from_utf8_lossy(&state.console);
+    let (lines, begun) = console.rsplit_once('\n').unwrap_or(("", &console));
     let mut is_told = false;
-    for line in console.lines() {
-        if !is_failed_transfer(line) {
+    for (number, line) in lines.lines().enumerate() {
+        // A clone says the rest of what its source had begun to say at the cut.
+        let is_rest = number == 0 && !line.starts_with(LINE);
+        if !is_rest && !is_failed_transfer(line) {
             return Verdict::Wrong(format!("its guest says: {line}"));
         }
         is_told = true;
@@ -235,19 +240,24 @@ pub(super) fn verdict(state: &MemberState) -> Verdict {
         is_told = true;
     }
     match &state.ended {
+        None if !begun.is_empty() && !state.is_gone => {
+            Verdict::Begun(format!("its guest has begun to say: {begun}"))
+        }
         _ if is_told => Verdict::Told,
         Some((Some(0), _)) if state.progress.is_finished && state.progress.errors == 0 => Verdict::Verified,
         Some((None, text)) if text.contains(MEMORY_ERROR) => Verdict::Told,
         Some((None, text)) => Verdict::Unexplained(format!("its guest ended: {text}")),
         Some((Some(status), text)) => Verdict::Wrong(format!("its guest ended with {status}: {text}")),
-        None if state.progress.errors > 0 => {
-            Verdict::Wrong(format!("its guest found {} errors", state.progress.errors))
+        None if state.progress.errors > 0 && !state.is_gone => {
+            Verdict::Begun(format!("its guest found {} errors", state.progress.errors))
         }
         None if state.is_gone => Verdict::Wrong("its process is gone, and nobody killed it".to_owned()),
         None => Verdict::Fine,
     }
 }
 
+/// How the guest begins each line.
+const LINE: &str = "vcpu ";
 /// What an error says of a page that is lost.
 const LOST: &str = "is lost";
 /// What the end of a guest says that touched one: a device may have been told first, and nobody else.
@@ -291,12 +301,21 @@ mod tests {
         assert!(is_wrong(&said("", &["the pipe is full", lost], None)));
         assert!(is_wrong(&said("", &[], Some((Some(1), "")))));
         assert!(matches!(verdict(&said("", &[], Some((None, "")))), Verdict::Unexplained(_)));
+        let has_begun = |console: &str| matches!(verdict(&said(console, &[], None)), Verdict::Begun(_));
+        for end in 1..wrong.len() {
+            assert!(has_begun(&wrong[..end]), "half a line is taken for one");
+            assert!(has_begun(&format!("{failed}{}", &wrong[..end])), "half a line is passed over");
+        }
+        assert_eq!(verdict(&said(&failed[40..], &[], None)), Verdict::Told, "its source said the rest");
+        assert!(is_wrong(&said(&format!("{}{wrong}", &failed[40..]), &[], None)));
         let mut state = said("", &[], Some((Some(0), "")));
         assert!(is_wrong(&state), "it was not asked to end");
         state.progress = Progress { is_finished: true, ..Progress::default() };
         assert_eq!(verdict(&state), Verdict::Verified);
         state.progress.errors = 1;
         assert!(is_wrong(&state));
+        state.ended = None;
+        assert!(matches!(verdict(&state), Verdict::Begun(_)), "it has not said yet what is wrong");
         state = MemberState { is_gone: true, ..MemberState::default() };
         assert!(is_wrong(&state));
     }
