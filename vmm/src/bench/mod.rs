@@ -51,8 +51,8 @@
 //! | `call_of_many`, `pause_of_many` | | of each of many forks whose clones all stay alive |
 //! | `marginal_idle`, `marginal_active` | | available memory less for one more clone |
 //! | `mappings` | | of a clone's process |
-//!
-//! A clone's return to its cut (`reset`) has its place here once salp can do it.
+//! | `reset_N` | order, or the guest's request | its vCPU enters the guest again at the cut; with N pages written |
+//! | `reset_stage.*` | | parts of it, 50 pages |
 //!
 //! `source=waiting`: the guest waits for an order, in a call. `source=running`: it counts in memory
 //! and leaves the guest once in a million rounds; without KVM there is no such source.
