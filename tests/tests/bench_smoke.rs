@@ -27,7 +27,7 @@ const COMPARED: [&str; 8] = [
 ];
 /// With many clones at once.
 const OF_CROWDS: [&str; 4] = ["burst_4", "marginal_idle", "marginal_active", "mappings"];
-const SALPS_ALONE: [&str; 13] = [
+const SALPS_ALONE: [&str; 14] = [
     "first_read_page_at_once",
     "first_write_page_at_once",
     "pin_copy_page",
@@ -39,6 +39,7 @@ const SALPS_ALONE: [&str; 13] = [
     "chain_call",
     "chain_pause",
     "call_of_many",
+    "calls_4",
     "pause_of_many",
     "stage.protect",
 ];

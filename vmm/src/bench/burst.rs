@@ -76,6 +76,7 @@ impl Bench<'_> {
         let params = with(&cell.params(), "calls", calls);
         let source: Source = self.source_with(cell, Publishing::InBackground, Keep::Shared, 2)?;
         source.dirty(source.root, &free_runs(cell.memory, u64::MAX), self.next_value())?;
+        let mut sum_us = 0.0;
         for _ in 0..calls {
             self.check_interrupt()?;
             source.dirty(source.root, &free_runs(cell.memory, BETWEEN_BYTES), self.next_value())?;
@@ -84,7 +85,9 @@ impl Bench<'_> {
             source.await_nothing_pending(&forked)?;
             self.add("call_of_many", &params, Unit::Microseconds, times.call_us);
             self.add("pause_of_many", &params, Unit::Microseconds, times.pause_us);
+            sum_us += times.call_us;
         }
+        self.add(&format!("calls_{calls}"), &cell.params(), Unit::Microseconds, sum_us);
         self.tick();
         Ok(())
     }

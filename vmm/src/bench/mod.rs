@@ -49,6 +49,7 @@
 //! | `chain_call`, `chain_pause` | | of the fork that makes a clone of the given depth |
 //! | `burst_N` | request | the last of N clones of one fork has answered |
 //! | `call_of_many`, `pause_of_many` | | of each of many forks whose clones all stay alive |
+//! | `calls_N` | | all of those N calls, without what is between them |
 //! | `marginal_idle`, `marginal_active` | | available memory less for one more clone |
 //! | `mappings` | | of a clone's process |
 //! | `reset_N` | order, or the guest's request | its vCPU enters the guest again at the cut; with N pages written |

@@ -49,6 +49,13 @@ pub trait WordMemory: Send + Sync {
     /// # Errors
     /// The host refused.
     fn punch(&self, words: Range<usize>) -> io::Result<()>;
+    /// Makes these words 0, whole pages of them: a fork waits for it.
+    ///
+    /// # Errors
+    /// The host refused.
+    fn clear(&self, words: Range<usize>) -> io::Result<()> {
+        self.punch(words)
+    }
 }
 
 /// How many of each thing a board has room for. Memory is used only for what is touched.
@@ -67,6 +74,13 @@ pub struct BoardShape {
 }
 
 impl BoardShape {
+    /// Where a cut's area lies. Numbers of cuts are never used again, places are: the keeper sees to it
+    /// that no two cuts share one.
+    #[must_use]
+    pub fn place_of(&self, cut: crate::frames::CutId) -> u32 {
+        cut.get() % self.cuts
+    }
+
     fn cut_words(&self) -> usize {
         CutArea::words_for(self.leaves).next_multiple_of(PAGE_WORDS)
     }
@@ -162,7 +176,7 @@ impl Board {
     /// There is not enough memory.
     pub fn open_cut(&self, cut: crate::frames::CutId) -> io::Result<()> {
         let range = self.cut_range(cut);
-        self.memory.punch(range.clone())?;
+        self.memory.clear(range.clone())?;
         // Patch records at the end are reserved when a leaf is published with patches.
         self.memory.reserve(range.start..range.start + CutArea::fixed_words(self.shape.leaves))
     }
@@ -190,7 +204,7 @@ impl Board {
     /// # Errors
     /// There is not enough memory.
     pub fn open_member(&self, slot: u32) -> io::Result<()> {
-        self.memory.punch(self.member_range(slot))?;
+        self.memory.clear(self.member_range(slot))?;
         self.memory.reserve(self.member_range(slot))
     }
 
@@ -201,10 +215,7 @@ impl Board {
     }
 
     fn cut_range(&self, cut: crate::frames::CutId) -> Range<usize> {
-        // Numbers of cuts are never used again, places of areas are: the keeper sees to it that no
-        // two cuts share one.
-        let place = (cut.get() % self.shape.cuts) as usize;
-        let start = self.shape.cuts_start() + place * self.shape.cut_words();
+        let start = self.shape.cuts_start() + self.shape.place_of(cut) as usize * self.shape.cut_words();
         start..start + self.shape.cut_words()
     }
 }

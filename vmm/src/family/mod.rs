@@ -117,6 +117,8 @@ pub struct Family {
     cuts: BTreeMap<CutId, Cut>,
     /// Cuts that nobody refers to, whose files are still in use.
     files: BTreeSet<CutId>,
+    /// The places on the board of all of these.
+    places: BTreeSet<u32>,
     /// Frames that no record names and a window may still map.
     parting: BTreeSet<Frames>,
     /// Unneeded cuts whose sources are to be told again.
@@ -138,6 +140,7 @@ impl Family {
             vms: BTreeMap::new(),
             cuts: BTreeMap::new(),
             files: BTreeSet::new(),
+            places: BTreeSet::new(),
             parting: BTreeSet::new(),
             untold: Vec::new(),
             slots: BTreeMap::new(),
@@ -193,19 +196,18 @@ impl Family {
             held: false,
         };
         self.cuts.insert(id, cut);
+        self.places.insert(self.board.shape().place_of(id));
         Ok(id)
     }
 
     /// A number never used before whose place on the board is free.
     fn free_cut_id(&mut self) -> Result<CutId, FamilyError> {
         let places = self.board.shape().cuts;
-        let place = |id: &CutId| id.get() % places;
-        let taken: BTreeSet<u32> = self.cuts.keys().chain(&self.files).map(place).collect();
         for _ in 0..places {
             let id = CutId::new(self.next_cut).filter(|id| id.get() < NUMBER_LIMIT);
             let id = id.ok_or(FamilyError::Cuts(NUMBER_LIMIT))?;
             self.next_cut += 1;
-            if !taken.contains(&place(&id)) {
+            if !self.places.contains(&self.board.shape().place_of(id)) {
                 return Ok(id);
             }
         }

@@ -300,6 +300,9 @@ impl Family {
             return;
         }
         self.tables.reclaim();
+        if self.parting.is_empty() && self.files.is_empty() {
+            return;
+        }
         let mapped = match is_planted(Plant::MappedBlockFreed) {
             true => BTreeSet::new(),
             false => self.mapped_blocks(),
@@ -316,6 +319,9 @@ impl Family {
             ledger.references_to_cut(*id) == 0 && !mapped.iter().any(|frames| frames.cut() == *id)
         };
         sweep.closed.extend(self.files.extract_if(.., |id| unused(id)));
+        for id in &sweep.closed {
+            self.places.remove(&self.board.shape().place_of(*id));
+        }
     }
 
     /// The blocks that windows map, as their members say.

@@ -20,7 +20,7 @@ use std::ptr::{NonNull, null_mut};
 use std::slice;
 use std::sync::atomic::AtomicU64;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -197,6 +197,21 @@ impl SharedMemory {
         self.allocate("punch shared memory", flags, range)
     }
 
+    /// Makes all of `range` (bytes, whole pages) read 0. That costs nothing where nobody has ever stored
+    /// anything; to punch has the host look into every mapping, of every process.
+    ///
+    /// # Errors
+    /// [`SharedMemoryError::OutOfRange`].
+    pub fn clear(&self, range: Range<usize>) -> Result<(), SharedMemoryError> {
+        self.check(range.start, range.len())?;
+        // A host that cannot say is not believed.
+        match rustix::fs::seek(&self.file, SeekFrom::Data(wide(range.start))) {
+            Ok(first) if first >= wide(range.end) => Ok(()),
+            Err(Errno::NXIO) => Ok(()),
+            _ => self.punch(range),
+        }
+    }
+
     fn allocate(
         &self,
         action: &'static str,
@@ -311,6 +326,26 @@ mod tests {
         assert_eq!(memory.resident_bytes().expect("stat"), 0);
         assert_eq!(word.load(Ordering::Relaxed), 0);
         memory.reserve(3..3).expect("nothing");
+    }
+
+    #[test]
+    fn what_somebody_has_stored_is_cleared_and_nothing_beside_it() {
+        let (memory, other) = shared(8 * PAGE_BYTES);
+        let words = other.words_u32(0, 8 * PAGE_BYTES / 4).expect("in range");
+        let word = |page: usize| &words[(page + 1) * PAGE_BYTES / 4 - 1];
+        (0..8).for_each(|page| word(page).store(5, Ordering::Relaxed));
+        let values = || (0..8).map(|page| word(page).load(Ordering::Relaxed)).collect::<Vec<_>>();
+        memory.clear(2 * PAGE_BYTES..5 * PAGE_BYTES).expect("clear");
+        assert_eq!(values(), [5, 5, 0, 0, 0, 5, 5, 5]);
+        // A read has backed those pages, and nobody has stored there.
+        memory.clear(2 * PAGE_BYTES..5 * PAGE_BYTES).expect("clear again");
+        word(4).store(6, Ordering::Relaxed);
+        memory.clear(2 * PAGE_BYTES..5 * PAGE_BYTES).expect("clear the last page");
+        assert_eq!(values(), [5, 5, 0, 0, 0, 5, 5, 5]);
+        memory.clear(4 * PAGE_BYTES..8 * PAGE_BYTES).expect("clear to the end");
+        assert_eq!(values(), [5, 5, 0, 0, 0, 0, 0, 0]);
+        let error = memory.clear(8 * PAGE_BYTES..9 * PAGE_BYTES).expect_err("outside");
+        assert!(matches!(error, SharedMemoryError::OutOfRange { .. }), "{error}");
     }
 
     #[test]

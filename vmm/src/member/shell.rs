@@ -57,6 +57,10 @@ impl WordMemory for SharedWords {
     fn punch(&self, words: Range<usize>) -> io::Result<()> {
         self.memory.punch(Self::bytes(&words)).map_err(io::Error::other)
     }
+
+    fn clear(&self, words: Range<usize>) -> io::Result<()> {
+        self.memory.clear(Self::bytes(&words)).map_err(io::Error::other)
+    }
 }
 
 /// See the module.
