@@ -204,7 +204,7 @@ impl SharedMemory {
     /// [`SharedMemoryError::OutOfRange`].
     pub fn clear(&self, range: Range<usize>) -> Result<(), SharedMemoryError> {
         self.check(range.start, range.len())?;
-        // A host that cannot say is not believed.
+        // no failure point: where the host cannot say, it is punched
         match rustix::fs::seek(&self.file, SeekFrom::Data(wide(range.start))) {
             Ok(first) if first >= wide(range.end) => Ok(()),
             Err(Errno::NXIO) => Ok(()),

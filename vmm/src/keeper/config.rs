@@ -8,6 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::limits::Limits;
 use crate::arena_files::ArenaChoice;
+use crate::ipc::slices;
 use crate::kvm::Irqchip;
 use crate::member::confine::Confinement;
 use crate::member::messages::{GuestKind, Publication};
@@ -97,6 +98,14 @@ pub fn raise_limits() {
         {
             tracing::warn!(?resource, %error, "a limit of this process stays as it is");
         }
+    }
+}
+
+/// Has whoever is woken in a fork wait for a processor no longer than must be: this thread, and all threads
+/// and processes of the colony, which it starts.
+pub fn shorten_slices() {
+    if let Err(error) = slices::shorten_slices() {
+        tracing::warn!(%error, "whoever is woken may wait for a processor for milliseconds");
     }
 }
 

@@ -52,7 +52,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use self::config::{ColonyConfig, available_memory_bytes, raise_limits};
+pub use self::config::{ColonyConfig, available_memory_bytes, raise_limits, shorten_slices};
 
 use self::config::arena_budget_bytes;
 use self::limits::Admission;
@@ -209,6 +209,7 @@ impl Colony {
     /// The host has no room for the board or the arena.
     pub fn new(config: ColonyConfig) -> Result<Self, ColonyError> {
         raise_limits();
+        shorten_slices();
         let leaves = config.memory.span_leaves();
         let (members, pool_size) = (config.members, config.pool);
         // A cut a member and its retries; tables and records in proportion. Untouched parts cost nothing.
