@@ -116,8 +116,12 @@ fn check_record(record: &Record, runs: usize) {
     assert!(ordered.is_sorted() && ordered[4].is_finite(), "{record:?}");
     // Others who give memory back may have more than clones take.
     assert!(ordered[0] >= 0.0 || record.quantity.starts_with("marginal_"), "{record:?}");
-    // One for each call.
-    let n = if record.quantity.ends_with("_of_many") { 4 } else { runs };
+    // One for each call, or for all of them.
+    let n = match record.quantity.as_str() {
+        "call_of_many" | "pause_of_many" => 4,
+        "calls_4" => 1,
+        _ => runs,
+    };
     assert_eq!(record.n, n, "{record:?}");
 }
 
