@@ -1,6 +1,6 @@
 //! Recounts a family from nothing and compares: the whole-state checker of the core.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
@@ -49,6 +49,14 @@ pub enum FamilyFault {
         counted: usize,
         /// The truth.
         found: usize,
+    },
+    /// The places of cuts on the board that are taken are not those of the cuts.
+    #[error("places {counted:?} of the board are taken, those of cuts are {found:?}")]
+    Places {
+        /// Said to be taken.
+        counted: BTreeSet<u32>,
+        /// The truth.
+        found: BTreeSet<u32>,
     },
     /// What one VM owns can be reached by another.
     #[error("{entry:?} holds pages of one VM and has {references} references")]
@@ -99,6 +107,11 @@ impl Family {
             if known.references != found {
                 return Err(FamilyFault::Cut { cut: *cut, counted: known.references, found });
             }
+        }
+        let shape = self.board.shape();
+        let found: BTreeSet<_> = self.cuts.keys().chain(&self.files).map(|id| shape.place_of(*id)).collect();
+        if self.places != found {
+            return Err(FamilyFault::Places { counted: self.places.clone(), found });
         }
         self.check_frames(&recount)?;
         self.check_private()

@@ -202,16 +202,16 @@ impl Family {
 
     /// A number never used before whose place on the board is free.
     fn free_cut_id(&mut self) -> Result<CutId, FamilyError> {
-        let places = self.board.shape().cuts;
-        for _ in 0..places {
+        let shape = self.board.shape();
+        for _ in 0..shape.cuts {
             let id = CutId::new(self.next_cut).filter(|id| id.get() < NUMBER_LIMIT);
             let id = id.ok_or(FamilyError::Cuts(NUMBER_LIMIT))?;
             self.next_cut += 1;
-            if !self.places.contains(&self.board.shape().place_of(id)) {
+            if !self.places.contains(&shape.place_of(id)) {
                 return Ok(id);
             }
         }
-        Err(FamilyError::Cuts(places))
+        Err(FamilyError::Cuts(shape.cuts))
     }
 
     /// Gives a reserved cut up.

@@ -362,11 +362,10 @@ impl<'a> Herd<'a> {
         for vm in vms {
             let Some(subject) = self.subjects.get(&vm) else { continue };
             let verdict = match subject.verdict() {
-                // Who resolves faults says so a moment later.
-                Verdict::Unexplained(_) => subject.await_word(|_| false),
-                Verdict::Begun(_) if !subject.is_paused => subject.await_word(|_| false),
                 // Heard when it runs again.
-                Verdict::Begun(_) => Verdict::Fine,
+                Verdict::Begun(_) if subject.is_paused => Verdict::Fine,
+                // Who resolves faults says so a moment later, and the guest the rest.
+                Verdict::Unexplained(_) | Verdict::Begun(_) => subject.await_word(|_| false),
                 other => other,
             };
             self.judge(vm, verdict)?;
