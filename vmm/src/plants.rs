@@ -28,6 +28,8 @@ pub(crate) enum Plant {
     UnprotectedIsLent,
     /// What is lent to earlier cuts is not recorded before a new protection blurs it.
     LentNotRecorded,
+    /// What a store makes exclusive while its block is being protected is not looked for.
+    StoresMeanwhileUnseen,
     /// The markers that a protection leaves over a block are taken for pages.
     MarkersAreLent,
     /// A leaf of one cut is said to be as in the cut before, whatever the two lent sets are.
@@ -144,8 +146,9 @@ mod planting {
             Self::OwnedIsShared,
         ];
         /// What goes wrong between threads alone.
-        pub(crate) const OF_THREADS: [Self; 9] = [
+        pub(crate) const OF_THREADS: [Self; 10] = [
             Self::MapsTwice,
+            Self::StoresMeanwhileUnseen,
             Self::PinOutsideRemap,
             Self::OpensWithoutALook,
             Self::ForceWithoutLock,

@@ -178,8 +178,12 @@ impl PageSet {
 
     /// Adds the pages `from..to`.
     pub fn insert_range(&mut self, from: usize, to: usize) {
-        for position in from..to {
-            self.insert(position);
+        for (number, word) in self.0.iter_mut().enumerate() {
+            let (low, high) = (number * 64, number * 64 + 64);
+            let (from, to) = (from.max(low), to.min(high));
+            if from < to {
+                *word |= u64::MAX >> (64 - (to - from)) << (from - low);
+            }
         }
     }
 

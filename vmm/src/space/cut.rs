@@ -12,12 +12,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backing, Host, HostError, PROTECTED, PageSource, Space, SpaceError, Traps};
+use super::{Backing, Host, HostError, OPEN, PROTECTED, PageSource, PageStates, Space, SpaceError, Traps};
 use crate::failure;
 use crate::frames::CutId;
 use crate::plants::{Plant, is_planted};
 use crate::sync::{AtomicU32, Mutex};
 use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
+
+/// How many leaves over blocks are protected at a time while the VM runs. One call for each would have
+/// the host interrupt the vCPUs for each.
+const LEAVES_AHEAD: u32 = 16;
 
 /// A cut of this VM with leaves that may be pending.
 pub struct OpenCut {
@@ -208,47 +212,71 @@ impl<H: Host> Space<H> {
         Ok(lent)
     }
 
-    /// Protects the blocks that have exclusive pages now, so that the pause need not.
+    /// Protects the blocks that have exclusive pages now, so that the pause need not: some at a time,
+    /// since whoever wants to map or to open a leaf waits meanwhile.
     fn protect_ahead(&self) -> Result<(), SpaceError> {
-        for (first, count) in self.runs(|leaf| matches!(self.backing(leaf), Backing::Block(_))) {
-            for (leaf, states) in self.host.scan(first, count)? {
-                let _leaf = self.lock_leaf(leaf);
-                let _remap = self.remapping();
-                let is_block = matches!(self.backing(leaf), Backing::Block(_));
-                if !states.anonymous.is_empty() && is_block && !self.is_protected(leaf) {
-                    self.register_block(leaf)?;
-                    self.protect_block(leaf)?;
-                }
+        for (first, count) in self.runs(|leaf| self.is_open_block(leaf)) {
+            for done in (0..count).step_by(LEAVES_AHEAD as usize) {
+                let _remap = self.remap.write().unwrap_or_else(PoisonError::into_inner);
+                self.protect_blocks(LeafNumber(first.0 + done), LEAVES_AHEAD.min(count - done))?;
             }
         }
         Ok(())
     }
 
-    fn register_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
-        if !self.is_registered(leaf) {
-            self.host.register(leaf, 1, Traps::Stores)?;
-            self.set_registered(leaf, true);
-        }
-        Ok(())
+    fn is_open_block(&self, leaf: LeafNumber) -> bool {
+        matches!(self.backing(leaf), Backing::Block(_)) && !self.is_protected(leaf)
     }
 
-    /// Protects one registered block, and remembers its exclusive pages as they were just before:
-    /// the protection leaves markers that look the same. Nothing can change in it meanwhile, or
-    /// what changes is found by the scan that comes after the protection.
-    fn protect_block(&self, leaf: LeafNumber) -> Result<(), SpaceError> {
+    /// Protects those of `count` leaves from `first` that are open blocks with exclusive pages, neighbours
+    /// by one call; returns the number of calls. `remap` is held for writing: nothing but stores can change
+    /// pages meanwhile.
+    fn protect_blocks(&self, first: LeafNumber, count: u32) -> Result<u64, SpaceError> {
+        let mut calls = 0;
         loop {
-            let before = self.scan_leaf(leaf)?.anonymous;
-            self.host.protect(leaf, 1)?;
-            // A store between the scan and the protection made one more page exclusive: it is
-            // present, markers are not.
-            let present = self.scan_leaf(leaf)?.present;
-            if present.minus(&before).is_empty() {
-                self.block_sets().insert(leaf, before);
-                self.set_protected(leaf, PROTECTED);
-                return Ok(());
+            let mut found = self.host.scan(first, count)?;
+            found.retain(|(leaf, states)| !states.anonymous.is_empty() && self.is_open_block(*leaf));
+            let mut has_changed = false;
+            for run in found.chunk_by(|(leaf, _), (next, _)| leaf.0 + 1 == next.0) {
+                has_changed |= !self.protect_neighbours(run)?;
+                calls += 1;
             }
-            self.host.unprotect(leaf)?;
+            if !has_changed {
+                return Ok(calls);
+            }
         }
+    }
+
+    /// Protects neighbouring blocks, and remembers their exclusive pages as they were just before: the
+    /// protection leaves markers that look the same. False: pages of some became exclusive meanwhile, which
+    /// are open again.
+    fn protect_neighbours(&self, blocks: &[(LeafNumber, PageStates)]) -> Result<bool, SpaceError> {
+        let [(first, _), ..] = blocks else { return Ok(true) };
+        let count = u32::try_from(blocks.len()).expect("no more than leaves");
+        if blocks.iter().any(|(leaf, _)| !self.is_registered(*leaf)) {
+            self.host.register(*first, count, Traps::Stores)?;
+        }
+        for (leaf, before) in blocks {
+            self.set_registered(*leaf, true);
+            self.block_sets().insert(*leaf, before.anonymous);
+            // First: where the host gives up half way, whoever meets the protection must find it.
+            self.set_protected(*leaf, PROTECTED);
+        }
+        self.host.protect(*first, count)?;
+        let after: BTreeMap<_, _> = self.host.scan(*first, count)?.into_iter().collect();
+        let mut is_as_before = true;
+        for (leaf, before) in blocks {
+            // A store between the scan and the protection made one more page exclusive: it is present,
+            // markers are not.
+            let present = after.get(leaf).map_or(PageSet::EMPTY, |states| states.present);
+            let is_changed = !present.minus(&before.anonymous).is_empty();
+            if is_changed && !is_planted(Plant::StoresMeanwhileUnseen) {
+                self.host.unprotect(*leaf)?;
+                self.set_protected(*leaf, OPEN);
+                is_as_before = false;
+            }
+        }
+        Ok(is_as_before)
     }
 
     /// Maximal runs of RAM leaves for which `is` holds.
@@ -346,16 +374,8 @@ impl<H: Host> Space<H> {
                 figures.protected_leaves += 1;
             }
         }
-        let open_block =
-            |leaf: LeafNumber| matches!(self.backing(leaf), Backing::Block(_)) && !self.is_protected(leaf);
-        for (first, count) in self.runs(open_block) {
-            for (leaf, states) in self.host.scan(first, count)? {
-                if !states.anonymous.is_empty() {
-                    self.register_block(leaf)?;
-                    self.protect_block(leaf)?;
-                    figures.protect_calls += 1;
-                }
-            }
+        for (first, count) in self.runs(|leaf| self.is_open_block(leaf)) {
+            figures.protect_calls += self.protect_blocks(first, count)?;
         }
         for leaf in self.shape.leaves() {
             if matches!(self.backing(leaf), Backing::Block(_)) && self.is_protected(leaf) {

@@ -117,8 +117,10 @@ impl<H: Host> Space<H> {
         let lent = if pending.is_empty() { PageSet::EMPTY } else { known.minus(&anonymous.written) };
         let pins = self.pin_table();
         let mut pinned = PageSet::EMPTY;
-        for position in (0..LEAF_PAGES).filter(|position| pins.pins_on(leaf.gfn(*position)) > 0) {
-            pinned.insert(position);
+        if pins.pins_in(leaf) > 0 {
+            for position in (0..LEAF_PAGES).filter(|position| pins.pins_on(leaf.gfn(*position)) > 0) {
+                pinned.insert(position);
+            }
         }
         // What a device holds was copied for the clones: it is not lent.
         let lent = lent.minus(&pinned);

@@ -1,7 +1,6 @@
 //! What the host's kernel knows of pages: anonymous, present, protected; and their frame numbers.
 #![expect(unsafe_code, reason = "PAGEMAP_SCAN is an ioctl on a plain structure")]
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -11,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use super::mapping::Reservation;
 use crate::failure;
 use crate::space::PageStates;
-use crate::words::{Gpa, HostAddress, LEAF_BYTES, LeafNumber, PAGE_BYTES, wide};
+use crate::words::{Gfn, Gpa, HostAddress, LEAF_BYTES, LEAF_PAGES, LeafNumber, PAGE_BYTES, index, wide};
 
 const WRITTEN: u64 = 1 << 1;
 const FILE: u64 = 1 << 2;
@@ -101,22 +100,30 @@ impl Pagemap {
     /// # Errors
     /// The host refused.
     pub fn scan_leaves(&self, base: u64, range: Range<u64>) -> io::Result<Vec<(LeafNumber, PageStates)>> {
-        let mut leaves: BTreeMap<LeafNumber, PageStates> = BTreeMap::new();
+        let mut leaves: Vec<(LeafNumber, PageStates)> = Vec::new();
+        // Regions come in ascending order.
         self.scan_regions(range, &mut |region| {
-            let gfns = Gpa(region.start - base).gfn().0..Gpa(region.end - base).gfn().0;
-            for gfn in gfns.map(crate::words::Gfn) {
-                let states = leaves.entry(gfn.leaf()).or_default();
-                let position = gfn.in_leaf();
-                states.anonymous.insert(position);
-                if region.categories & PRESENT != 0 {
-                    states.present.insert(position);
+            let (mut gfn, end) = (Gpa(region.start - base).gfn().0, Gpa(region.end - base).gfn().0);
+            while gfn < end {
+                let leaf = Gfn(gfn).leaf();
+                if leaves.last().is_none_or(|(last, _)| *last != leaf) {
+                    leaves.push((leaf, PageStates::default()));
                 }
-                if region.categories & WRITTEN != 0 {
-                    states.written.insert(position);
+                let from = Gfn(gfn).in_leaf();
+                let to = index(end - leaf.first_gfn().0).min(LEAF_PAGES);
+                if let Some((_, states)) = leaves.last_mut() {
+                    states.anonymous.insert_range(from, to);
+                    if region.categories & PRESENT != 0 {
+                        states.present.insert_range(from, to);
+                    }
+                    if region.categories & WRITTEN != 0 {
+                        states.written.insert_range(from, to);
+                    }
                 }
+                gfn += wide(to - from);
             }
         })?;
-        Ok(leaves.into_iter().collect())
+        Ok(leaves)
     }
 
     fn scan_regions(&self, range: Range<u64>, visit: &mut dyn FnMut(&Region)) -> io::Result<()> {

@@ -244,6 +244,42 @@ fn cut_against_force() {
     assert!(at_cut.contains(&seen), "the clone has {seen}, not one of {at_cut:?}");
 }
 
+/// Stores make pages of a clone exclusive while their blocks are protected for its own cut.
+fn stores_against_protection() {
+    let mut stage = Stage::new(Waits::Looks);
+    (store(&stage.root, B, 1), store(&stage.root, C, 1));
+    let first = stage.cut();
+    stage.publish_all();
+    let (clone_id, clone) = stage.clone_of(first, 1);
+    // Both leaves are the clone's own in part, so that both are protected.
+    (store(&clone, A, 5), store(&clone, SECOND.gfn(6), 5));
+    let stores_done = Arc::new(AtomicU32::new(0));
+    let guest = spawn({
+        let (clone, stores_done) = (clone.clone(), stores_done.clone());
+        move || {
+            for gfn in [B, C] {
+                store(&clone, gfn, 2);
+                stores_done.fetch_add(1, Ordering::Release);
+            }
+        }
+    });
+    let second = stage.family.reserve_cut(clone_id).expect("room for a cut");
+    stage.world.files().insert(second, CutFile::default());
+    let reserved = clone.reserve_cut(second).expect("the host does not refuse");
+    let done_before = stores_done.load(Ordering::Acquire);
+    reserved.perform(None).expect("the host does not refuse");
+    stage.family.commit_cut(second);
+    guest.join().expect("the guest");
+    publish(&clone, Keep::Own);
+    let (_, grandchild) = stage.clone_of(second, 2);
+    for (gfn, number) in [(B, 1), (C, 2)] {
+        let seen = load(&grandchild, gfn);
+        assert!(seen == 2 || seen == 1 && done_before < number, "{gfn}: a store before the cut is lost");
+        assert_eq!(load(&clone, gfn), 2, "{gfn}: a store is lost");
+    }
+    assert_eq!(load(&grandchild, A), 5);
+}
+
 /// The last clone of a cut has ended: its source lets go of it, and is cut again.
 fn reuse_against_cut() {
     let mut stage = Stage::new(Waits::Looks);
@@ -486,6 +522,7 @@ pub(crate) use races;
 races! {
     a_pin_against_a_cut: pin_against_cut, [PinOutsideRemap, PinnedNotCopied];
     a_leaf_forced_by_several: force_by_several, [ForceWithoutLock];
+    stores_while_blocks_are_protected: stores_against_protection, [StoresMeanwhileUnseen];
     a_cut_against_a_force: cut_against_force, [OpensWithoutALook];
     a_reuse_against_a_cut: reuse_against_cut, [OpensWithoutALook];
     a_drop_against_the_last_exit: drop_against_last_exit, [DropsBeforeItSays];
