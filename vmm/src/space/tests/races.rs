@@ -247,12 +247,16 @@ fn cut_against_force() {
 /// Stores make pages of a clone exclusive while their blocks are protected for its own cut.
 fn stores_against_protection() {
     let mut stage = Stage::new(Waits::Looks);
-    (store(&stage.root, B, 1), store(&stage.root, C, 1));
+    for gfn in [B, C] {
+        store(&stage.root, gfn, 1);
+    }
     let first = stage.cut();
     stage.publish_all();
     let (clone_id, clone) = stage.clone_of(first, 1);
     // Both leaves are the clone's own in part, so that both are protected.
-    (store(&clone, A, 5), store(&clone, SECOND.gfn(6), 5));
+    for gfn in [A, SECOND.gfn(6)] {
+        store(&clone, gfn, 5);
+    }
     let stores_done = Arc::new(AtomicU32::new(0));
     let guest = spawn({
         let (clone, stores_done) = (clone.clone(), stores_done.clone());
