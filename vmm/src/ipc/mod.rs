@@ -3,6 +3,7 @@
 //! - [`Channel`]: whole messages with descriptors, over a socket pair.
 //! - [`SharedMemory`]: words that several processes see, and [`futex`] to wait for one to change.
 //! - [`bus_error`]: `SIGBUS`, which whoever touches lost memory gets.
+//! - [`heap`]: that an idle process does not keep memory that it once needed.
 //! - [`slices`]: that whoever is woken does not wait long for a processor.
 //! - [`spawn`]: another process of the same binary, without ever forking a multi-threaded one.
 //!
@@ -13,6 +14,7 @@
 pub mod bus_error;
 pub mod channel;
 pub mod futex;
+pub mod heap;
 pub mod shared;
 pub mod slices;
 pub mod spawn;

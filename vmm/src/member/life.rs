@@ -30,6 +30,7 @@ use crate::devices::identity::{Identity, IdentityDevice, IdentityState};
 use crate::devices::serial::SerialPort;
 use crate::family::VmId;
 use crate::frames::CutId;
+use crate::ipc::heap;
 use crate::kvm::vcpu::monotonic_ns;
 use crate::kvm::{Doing, KvmError, Machine as _, Rest, VcpuThread, Vm, close, rouse_all, stop_all};
 use crate::space::{Keep, Space};
@@ -89,7 +90,7 @@ pub(super) struct Life {
     pub(super) extents: Arc<ArenaExtents>,
     pub(super) has_ended: bool,
     // Last: joined after everything that may fault.
-    _resolvers: Resolvers,
+    resolvers: Resolvers,
 }
 
 pub(super) type Answer = Result<(Reply, Vec<OwnedFd>), MemberError>;
@@ -215,6 +216,15 @@ impl Member {
         if let Some(life) = &self.life {
             life.services.reap();
         }
+    }
+
+    /// Threads of the VM have ended: it has become quieter, and gives back what only they needed.
+    pub(super) fn join_ended_threads(&mut self) {
+        if let Some(life) = &mut self.life {
+            life.services.join_ended();
+            life.resolvers.join_ended();
+        }
+        heap::give_back();
     }
 
     /// What the VM does with its own copies of what is published.
@@ -390,7 +400,7 @@ impl Member {
             backing,
             extents,
             has_ended: false,
-            _resolvers: memory.resolvers,
+            resolvers: memory.resolvers,
         });
         Ok(())
     }

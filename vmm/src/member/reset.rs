@@ -38,6 +38,10 @@ impl Member {
                 self.reset_for_guest(vcpu, asked_at);
             }
             machine.watch().look(&mut self.due, &machine, &self.vcpus);
+            // After the look, which silences the bell.
+            if machine.watch().take_ended_thread() {
+                self.join_ended_threads();
+            }
             if said.has_order {
                 return Ok(());
             }

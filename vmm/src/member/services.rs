@@ -131,6 +131,15 @@ impl Services {
         Ok(())
     }
 
+    /// Joins the background thread if it has ended: until then it keeps its stack.
+    pub fn join_ended(&self) {
+        let mut publisher = lock(&self.publisher);
+        let is_running = lock(&self.work.background).is_running;
+        if !is_running && let Some(thread) = publisher.take() {
+            join(thread);
+        }
+    }
+
     /// Tells the keeper of cuts on which nothing is pending any more.
     pub fn reap(&self) {
         self.work.reap();
@@ -235,7 +244,7 @@ fn work_in_background(work: &Work) {
             wanted
         };
         if wanted.is_nothing() || work.stop.load(Ordering::SeqCst) {
-            return;
+            return work.machine.watch().thread_ends();
         }
         if wanted.should_resolve {
             work.resolve_known();

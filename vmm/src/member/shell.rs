@@ -17,7 +17,7 @@ use crate::ipc::{Channel, SharedMemory};
 use crate::kvm::{Kvm, Region, VcpuThread, Vm, VmConfig, VouchedAddress};
 use crate::space::{Space, SpaceError};
 use crate::sync::AtomicU32;
-use crate::window::{OnFailure, Resolvers, Window};
+use crate::window::{OnEnd, OnFailure, Resolvers, Window};
 use crate::words::{LEAF_BYTES, wide};
 
 /// Words of a board in memory that processes share.
@@ -129,7 +129,8 @@ impl Shell {
         let space = Space::unused(window, board.clone(), slot, setup.memory);
         let (space, files) = (Arc::new(space), Arc::new(files));
         // One more than can wait for another process at one time, and one for the devices.
-        let resolvers = Resolvers::start(&space, usize::from(setup.vcpus) + 2, &on_failure(&machine))
+        let threads = usize::from(setup.vcpus) + 2;
+        let resolvers = Resolvers::start(&space, threads, &on_failure(&machine), &on_end(&machine))
             .map_err(MemberError::Window)?;
         let keep = setup.publication.keep;
         let services = Services::new(&space, &machine, resolvers.surplus(), board.clone(), slot, keep);
@@ -147,6 +148,12 @@ fn on_failure(machine: &Arc<MemberMachine>) -> OnFailure {
             machine.tell(Event::Trouble(error.to_string()));
         }
     })
+}
+
+/// What follows from the end of a thread: the member's loop joins it.
+fn on_end(machine: &Arc<MemberMachine>) -> OnEnd {
+    let machine = Arc::clone(machine);
+    Arc::new(move || machine.watch().thread_ends())
 }
 
 fn make_vm(

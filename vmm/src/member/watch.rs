@@ -38,6 +38,8 @@ pub(super) struct Watch {
     is_resting: AtomicBool,
     /// A line has been begun that was not there before.
     has_line: AtomicBool,
+    /// A thread has ended, or is about to, that nobody has joined.
+    has_ended_thread: AtomicBool,
     /// Readable when there may be something new.
     bell: OwnedFd,
 }
@@ -53,8 +55,8 @@ pub(super) struct Due {
 impl Watch {
     pub(super) fn new() -> std::io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let [is_active, is_resting, has_line] = [false, true, false].map(AtomicBool::new);
-        Ok(Self { is_active, is_resting, has_line, bell })
+        let [is_active, has_line, has_ended_thread] = [const { AtomicBool::new(false) }; 3];
+        Ok(Self { is_active, is_resting: AtomicBool::new(true), has_line, has_ended_thread, bell })
     }
 
     fn ring(&self) {
@@ -68,6 +70,17 @@ impl Watch {
         if !self.has_line.swap(true, Ordering::SeqCst) {
             self.ring();
         }
+    }
+
+    /// The calling thread, one of those that come and go, is about to end.
+    pub(super) fn thread_ends(&self) {
+        self.has_ended_thread.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
+    /// Whether one has said that since this was last asked.
+    pub(super) fn take_ended_thread(&self) -> bool {
+        self.has_ended_thread.swap(false, Ordering::SeqCst)
     }
 
     /// The guest goes on after something was done for it.

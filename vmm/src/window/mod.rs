@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use self::pagemap::Pagemap;
-pub use self::resolvers::{OnFailure, Resolvers, Surplus};
+pub use self::resolvers::{OnEnd, OnFailure, Resolvers, Surplus};
 pub use self::userfault::Userfault;
 
 use self::mapping::Reservation;

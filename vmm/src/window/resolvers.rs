@@ -11,7 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -23,12 +24,16 @@ use crate::words::{Gfn, wide};
 
 /// What to do with a fault that cannot be resolved.
 pub type OnFailure = Arc<dyn Fn(SpaceError) + Send + Sync>;
+/// What a thread does last.
+pub type OnEnd = Arc<dyn Fn() + Send + Sync>;
 
 /// Resolver threads; stopped and joined when dropped.
 pub struct Resolvers {
     space: Arc<Space<Window>>,
     surplus: Surplus,
     threads: Vec<JoinHandle<()>>,
+    /// The threads that are about to end.
+    ended: Receiver<ThreadId>,
 }
 
 /// The threads of a window's [`Resolvers`] but the last, which can be done without at some time.
@@ -59,24 +64,49 @@ impl Surplus {
 }
 
 impl Resolvers {
-    /// Starts `count` threads.
+    /// Starts `count` threads. One that has called `on_end` can be [joined](Self::join_ended).
     ///
     /// # Errors
     /// The host has no thread or descriptor left.
-    pub fn start(space: &Arc<Space<Window>>, count: usize, on_failure: &OnFailure) -> io::Result<Self> {
+    pub fn start(
+        space: &Arc<Space<Window>>,
+        count: usize,
+        on_failure: &OnFailure,
+        on_end: &OnEnd,
+    ) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
         let surplus = Surplus { stop: Arc::new(eventfd(0, flags)?), count: Arc::default() };
-        let mut resolvers = Self { space: Arc::clone(space), surplus, threads: Vec::new() };
+        let (ends, ended) = channel();
+        let mut resolvers = Self { space: Arc::clone(space), surplus, threads: Vec::new(), ended };
         for number in 0..count {
             let (space, stop) = (Arc::clone(space), Arc::clone(&resolvers.surplus.stop));
-            let on_failure = Arc::clone(on_failure);
-            let thread = std::thread::Builder::new()
-                .name(format!("resolver {number}"))
-                .spawn(move || run(&space, &stop, &on_failure))?;
+            let (on_failure, on_end, ends) = (Arc::clone(on_failure), Arc::clone(on_end), ends.clone());
+            let work = move || {
+                run(&space, &stop, &on_failure);
+                // Nobody looks any more where all end.
+                let _ = ends.send(std::thread::current().id());
+                on_end();
+            };
+            let thread = std::thread::Builder::new().name(format!("resolver {number}")).spawn(work)?;
             resolvers.threads.push(thread);
         }
         resolvers.surplus.count.store(wide(count.saturating_sub(1)), Ordering::Relaxed);
         Ok(resolvers)
+    }
+
+    /// Joins the threads that have gone: until then they keep their stacks.
+    pub fn join_ended(&mut self) {
+        while let Ok(ended) = self.ended.try_recv() {
+            if let Some(place) = self.threads.iter().position(|thread| thread.thread().id() == ended) {
+                join(self.threads.swap_remove(place));
+            }
+        }
+    }
+
+    /// How many threads have not been joined.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        self.threads.len()
     }
 
     /// Those that can be done without once nobody can be made to wait.
@@ -93,11 +123,13 @@ impl Drop for Resolvers {
         if let Err(error) = self.surplus.tell(wide(self.threads.len())) {
             tracing::error!(%error, "resolver threads cannot be told to stop");
         }
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a resolver thread panicked");
-            }
-        }
+        self.threads.drain(..).for_each(join);
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a resolver thread panicked");
     }
 }
 

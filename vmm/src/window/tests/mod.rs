@@ -20,3 +20,4 @@ mod hazards_force;
 mod model;
 mod pins;
 mod races;
+mod resolvers;

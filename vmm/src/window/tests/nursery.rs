@@ -19,7 +19,7 @@ use crate::family::{Family, Sweep, VmId};
 use crate::frames::{BlockId, CutId, Frames};
 use crate::ipc::futex;
 use crate::space::{Backing, CutFigures, Keep, Space, SpaceError};
-use crate::window::{CutFiles, OnFailure, Resolvers, Userfault, Window};
+use crate::window::{CutFiles, OnEnd, OnFailure, Resolvers, Userfault, Window};
 use crate::words::{Gfn, Gpa, LEAF_BYTES, LeafNumber, MemoryShape, PAGE_BYTES, wide};
 
 /// Words of 64 bits in a page.
@@ -68,7 +68,8 @@ impl Vm {
         let on_failure: OnFailure = Arc::new(move |error| {
             list.lock().unwrap_or_else(PoisonError::into_inner).push(error);
         });
-        let resolvers = Resolvers::start(&space, 3, &on_failure).expect("resolver threads");
+        let resolvers =
+            Resolvers::start(&space, 3, &on_failure, &(Arc::new(|| ()) as OnEnd)).expect("resolver threads");
         let stop = Arc::new(AtomicBool::new(false));
         let server = std::thread::spawn({
             let (space, board, stop) = (Arc::clone(&space), board.clone(), Arc::clone(&stop));
