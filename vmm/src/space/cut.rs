@@ -263,6 +263,9 @@ impl<H: Host> Space<H> {
             self.set_protected(*leaf, PROTECTED);
         }
         self.host.protect(*first, count)?;
+        if blocks.iter().all(|(_, before)| before.anonymous == PageSet::ALL) {
+            return Ok(true);
+        }
         let after: BTreeMap<_, _> = self.host.scan(*first, count)?.into_iter().collect();
         let mut is_as_before = true;
         for (leaf, before) in blocks {
