@@ -1,13 +1,19 @@
-//! The copies of pinned pages in the pause.
+//! The copies of pinned pages in the pause, and what the host takes for the same copies alone.
+
+use std::hint::black_box;
+use std::time::Instant;
 
 use super::BenchError;
 use super::measure::{Bench, Cell, with};
-use super::report::Unit;
+use super::report::{HOST, Unit};
 use super::source::Publishing;
 use super::work::free_runs;
 use crate::member::messages::{Order, PinHolder};
 use crate::space::Access;
-use crate::words::{Gfn, Gpa};
+use crate::words::{Gfn, Gpa, PAGE_BYTES, index};
+
+/// Memory that is stored to before the host's own copies: more than caches hold.
+const COLD_BYTES: usize = 128 << 20;
 
 impl Bench<'_> {
     /// The benchmark `pins`.
@@ -43,8 +49,10 @@ impl Bench<'_> {
                 Order::Pin { first, pages: 1, holder: PinHolder::Salp(Access::ReadWrite) },
             )?;
         }
+        let mut room = Room::new();
         for counts in self.runs(u32::MAX) {
             self.check_interrupt()?;
+            let floor = room.copy_us(index(pins), index(step));
             source.dirty(source.root, &[run], self.next_value())?;
             source.settle()?;
             let (forked, times) = source.fork(source.root, 1)?;
@@ -56,9 +64,39 @@ impl Bench<'_> {
             if counts && copied > 0 {
                 let per_page = forked.figures.copy.as_secs_f64() * 1e6 / copied as f64;
                 self.add("pin_copy_page", &params, Unit::MicrosecondsPerPage, per_page);
+                let floor_per_page = floor / pins as f64;
+                self.samples.add("pin_copy_page", HOST, &params, Unit::MicrosecondsPerPage, floor_per_page);
             }
             self.tick();
         }
         Ok(())
+    }
+}
+
+/// Plain memory, to copy pages in.
+struct Room {
+    from: Vec<[u8; PAGE_BYTES]>,
+    into: Vec<[u8; PAGE_BYTES]>,
+    value: u8,
+}
+
+impl Room {
+    fn new() -> Self {
+        Self { from: vec![[1; PAGE_BYTES]; COLD_BYTES / PAGE_BYTES], into: Vec::new(), value: 1 }
+    }
+
+    /// What it takes to copy `pages` pages, each `step` pages after the one before, that were stored to some
+    /// time ago.
+    fn copy_us(&mut self, pages: usize, step: usize) -> f64 {
+        self.value = self.value.wrapping_add(1);
+        let (value, cold) = (self.value, self.from.len());
+        self.from.iter_mut().for_each(|page| page.fill(value));
+        self.into.resize(pages, [1; PAGE_BYTES]);
+        let begin = Instant::now();
+        for (number, into) in self.into.iter_mut().enumerate() {
+            *into = self.from[number * step % cold];
+        }
+        black_box(&self.into);
+        begin.elapsed().as_secs_f64() * 1e6
     }
 }

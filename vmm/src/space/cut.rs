@@ -38,11 +38,12 @@ pub struct OpenCut {
 struct PinnedCopies {
     /// Ascending.
     gfns: Vec<Gfn>,
+    /// Of each page; before the cut is performed, room that has been touched.
     bytes: Vec<[u8; PAGE_BYTES]>,
 }
 
 impl PinnedCopies {
-    /// Room for `pages` more. Everything may be pinned: that much memory may be refused.
+    /// Room for `pages` in all. Everything may be pinned: that much memory may be refused.
     fn make_room(&mut self, pages: usize) -> Result<(), SpaceError> {
         let refused = |source| HostError {
             action: "making room for copies of pinned pages",
@@ -50,8 +51,11 @@ impl PinnedCopies {
             source,
         };
         failure::point("cut.room").map_err(|injected| refused(injected.into()))?;
-        let has_room = self.gfns.try_reserve(pages).and_then(|()| self.bytes.try_reserve(pages));
-        Ok(has_room.map_err(|_| refused(std::io::ErrorKind::OutOfMemory.into()))?)
+        let more = pages.saturating_sub(self.bytes.len());
+        let has_room = self.gfns.try_reserve(pages).and_then(|()| self.bytes.try_reserve(more));
+        has_room.map_err(|_| refused(std::io::ErrorKind::OutOfMemory.into()))?;
+        self.bytes.resize(self.bytes.len() + more, [1; PAGE_BYTES]);
+        Ok(())
     }
 }
 
@@ -159,8 +163,6 @@ impl<H: Host> Space<H> {
         // Pins may come until the pause: some room more, touched now rather than then.
         let room = pinned + pinned / 4 + 64;
         reserved.copies.make_room(room)?;
-        reserved.copies.bytes.resize(room, [1; PAGE_BYTES]);
-        reserved.copies.bytes.clear();
         self.register_anonymous()?;
         self.record_pending()?;
         self.protect_ahead()?;
@@ -327,12 +329,12 @@ impl<H: Host> ReservedCut<'_, H> {
         let start = Instant::now();
         // None but for pins that have come since the reservation.
         self.copies.make_room(space.pin_table().pinned_pages())?;
-        for gfn in space.pin_table().pages().filter(|_| !is_planted(Plant::PinnedNotCopied)) {
-            let mut bytes = [0; PAGE_BYTES];
-            space.host.copy_page(gfn, &mut bytes);
-            self.copies.gfns.push(gfn);
-            self.copies.bytes.push(bytes);
+        let PinnedCopies { gfns, bytes } = &mut self.copies;
+        gfns.extend(space.pin_table().pages().filter(|_| !is_planted(Plant::PinnedNotCopied)));
+        for (gfn, bytes) in gfns.iter().zip(bytes.iter_mut()) {
+            space.host.copy_page(*gfn, bytes);
         }
+        bytes.truncate(gfns.len());
         figures.copied_pages = crate::words::wide(self.copies.gfns.len());
         figures.copy = start.elapsed();
         let start = Instant::now();
