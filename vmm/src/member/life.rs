@@ -218,13 +218,16 @@ impl Member {
         }
     }
 
-    /// Threads of the VM have ended: it has become quieter, and gives back what only they needed.
+    /// Threads of the VM have ended: it has become quieter, and gives back what only they needed. One that
+    /// has been forked will need as much again.
     pub(super) fn join_ended_threads(&mut self) {
         if let Some(life) = &mut self.life {
             life.services.join_ended();
             life.resolvers.join_ended();
         }
-        heap::give_back();
+        if self.cuts == 0 {
+            heap::give_back();
+        }
     }
 
     /// What the VM does with its own copies of what is published.

@@ -23,6 +23,9 @@ use crate::words::{Gfn, LeafNumber, PAGE_BYTES, PageSet};
 /// the host interrupt the vCPUs for each.
 const LEAVES_AHEAD: u32 = 16;
 
+/// Room for copies of pages that are pinned between a cut's reservation and its pause.
+const SPARE_COPIES: usize = 8;
+
 /// A cut of this VM with leaves that may be pending.
 pub struct OpenCut {
     id: CutId,
@@ -161,7 +164,7 @@ impl<H: Host> Space<H> {
             _cutting: cutting,
         };
         // Pins may come until the pause: some room more, touched now rather than then.
-        let room = pinned + pinned / 4 + 64;
+        let room = pinned + pinned / 4 + SPARE_COPIES;
         reserved.copies.make_room(room)?;
         self.register_anonymous()?;
         self.record_pending()?;
