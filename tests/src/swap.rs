@@ -104,7 +104,10 @@ impl World {
     pub fn swap_out(&self, vm: VmId, leaf: LeafNumber) -> io::Result<usize> {
         let mut swapped = 0;
         // A page on its way through a list of its processor's is left out: it has arrived later.
-        for _ in 0..TRIES {
+        for number in 0..TRIES {
+            if number > 0 {
+                drain_lists_of_processors()?;
+            }
             self.advise(vm, leaf.gpa(), LEAF_BYTES, libc::MADV_PAGEOUT)?;
             let states = self.anonymous(vm).into_iter().find(|(at, _)| *at == leaf);
             let states = states.map(|(_, states)| states).unwrap_or_default();
@@ -112,7 +115,6 @@ impl World {
             if swapped == states.anonymous.len() {
                 break;
             }
-            std::thread::yield_now();
         }
         Ok(swapped)
     }
@@ -132,6 +134,24 @@ impl World {
     pub fn split(&self, vm: VmId, gfn: Gfn) -> io::Result<()> {
         self.advise(vm, gfn.gpa(), PAGE_BYTES, libc::MADV_COLD)
     }
+}
+
+/// Has every processor's new pages arrive where the kernel looks for what it can swap out: it does so
+/// before it makes huge pages, of which there is nothing here to make.
+fn drain_lists_of_processors() -> io::Result<()> {
+    // SAFETY: a new mapping, which nobody knows of and which is gone at the end.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let mapped = libc::mmap(std::ptr::null_mut(), 2 * LEAF_BYTES, protection, flags, -1, 0);
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // What it says of this memory does not matter.
+        libc::madvise(mapped, LEAF_BYTES, libc::MADV_COLLAPSE);
+        libc::munmap(mapped, 2 * LEAF_BYTES);
+    }
+    Ok(())
 }
 
 /// How often pages are sent to swap before those that stay are let be.
