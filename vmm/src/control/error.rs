@@ -12,6 +12,7 @@ use thiserror::Error;
 use utoipa::ToSchema;
 
 use super::MOST_CLONES;
+use crate::family::FamilyError;
 use crate::keeper::ColonyError;
 use crate::words::MemoryShapeError;
 
@@ -171,7 +172,9 @@ fn colony_status(error: &ColonyError) -> (StatusCode, &'static str) {
         ColonyError::Members(_) => (StatusCode::SERVICE_UNAVAILABLE, "no-room"),
         ColonyError::Silent { .. } => (StatusCode::SERVICE_UNAVAILABLE, "silent-vm"),
         // Who asked has found it by its name: it has ended since.
-        ColonyError::NoVm(_) | ColonyError::Died(_) => (StatusCode::CONFLICT, "not-running"),
+        ColonyError::NoVm(_) | ColonyError::Family(FamilyError::NoVm(_)) | ColonyError::Died(_) => {
+            (StatusCode::CONFLICT, "not-running")
+        }
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }
@@ -223,5 +226,19 @@ impl IntoResponse for Problem {
         let mut response = (status, Json(self)).into_response();
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_TYPE));
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::VmId;
+
+    #[test]
+    fn a_vm_that_has_ended_since_it_was_found_is_no_failure() {
+        let gone = VmId(29);
+        for error in [ColonyError::NoVm(gone), FamilyError::NoVm(gone).into(), ColonyError::Died(gone)] {
+            assert_eq!(colony_status(&error), (StatusCode::CONFLICT, "not-running"), "{error}");
+        }
     }
 }
