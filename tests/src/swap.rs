@@ -137,21 +137,9 @@ impl World {
 }
 
 /// Has every processor's new pages arrive where the kernel looks for what it can swap out: it does so
-/// before it makes huge pages, of which there is nothing here to make.
+/// before it compacts memory.
 fn drain_lists_of_processors() -> io::Result<()> {
-    // SAFETY: a new mapping, which nobody knows of and which is gone at the end.
-    unsafe {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let mapped = libc::mmap(std::ptr::null_mut(), 2 * LEAF_BYTES, protection, flags, -1, 0);
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // What it says of this memory does not matter.
-        libc::madvise(mapped, LEAF_BYTES, libc::MADV_COLLAPSE);
-        libc::munmap(mapped, 2 * LEAF_BYTES);
-    }
-    Ok(())
+    std::fs::write("/proc/sys/vm/compact_memory", "1")
 }
 
 /// How often pages are sent to swap before those that stay are let be.
