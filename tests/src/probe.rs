@@ -29,6 +29,12 @@ impl Holdings {
         Self { descriptors: count("fd"), threads: count("task"), mappings: maps.lines().count() }
     }
 
+    /// Whether these are not more than `base`, but for some mappings; threads are the caller's to compare.
+    #[must_use]
+    pub fn is_within(&self, base: &Self, more_mappings: usize) -> bool {
+        self.descriptors <= base.descriptors && self.mappings <= base.mappings + more_mappings
+    }
+
     /// Those of this process.
     #[must_use]
     pub fn own() -> Self {

@@ -1,5 +1,5 @@
 //! What the host does to memory when it is told to: a swap file while a test has it, pages sent there,
-//! huge pages made and split.
+//! huge pages made and split, all memory compacted.
 #![expect(unsafe_code, reason = "swapon, swapoff and process_madvise have no wrapper")]
 
 use std::ffi::CString;
@@ -106,7 +106,8 @@ impl World {
         // A page on its way through a list of its processor's is left out: it has arrived later.
         for number in 0..TRIES {
             if number > 0 {
-                drain_lists_of_processors()?;
+                // By now it is where the kernel looks for what it can swap out.
+                compact_memory()?;
             }
             self.advise(vm, leaf.gpa(), LEAF_BYTES, libc::MADV_PAGEOUT)?;
             let states = self.anonymous(vm).into_iter().find(|(at, _)| *at == leaf);
@@ -136,10 +137,14 @@ impl World {
     }
 }
 
-/// Has every processor's new pages arrive where the kernel looks for what it can swap out: it does so
-/// before it compacts memory.
-fn drain_lists_of_processors() -> io::Result<()> {
-    std::fs::write("/proc/sys/vm/compact_memory", "1")
+/// Has the host compact its memory; before that, every processor's new pages arrive on the kernel's lists.
+///
+/// # Errors
+/// It has no compaction, or this user may not ask for it.
+pub fn compact_memory() -> io::Result<()> {
+    const COMPACT: &str = "/proc/sys/vm/compact_memory";
+    std::fs::write(COMPACT, "1")
+        .map_err(|error| io::Error::new(error.kind(), format!("no compaction: {COMPACT}: {error}")))
 }
 
 /// How often pages are sent to swap before those that stay are let be.

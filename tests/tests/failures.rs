@@ -124,9 +124,7 @@ impl Base {
         let keeper = settled(Duration::from_secs(10), Usage::now, |now| now.is_within(&self.keeper));
         assert!(keeper.is_within(&self.keeper), "{keeper:?}, before {:?}", self.keeper);
         let process = world.member(vm).process();
-        let is_same = |now: &Holdings| {
-            now.descriptors <= self.source.descriptors && now.mappings <= self.source.mappings + 4
-        };
+        let is_same = |now: &Holdings| now.is_within(&self.source, 4);
         let source = settled(Duration::from_secs(10), || Holdings::of(process), is_same);
         assert!(is_same(&source), "the source holds {source:?}, before {:?}", self.source);
     }

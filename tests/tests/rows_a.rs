@@ -240,11 +240,8 @@ fn forks_leave_nothing_behind(point: &Point) {
     world.await_usage(usage);
     // Stacks and heaps of this process's threads come and go: mappings may vary a little.
     for (process, before, more_mappings) in [(source, base.0, 0), (std::process::id(), base.1, 8)] {
-        let is_no_more = |now: &Holdings| {
-            now.descriptors <= before.descriptors
-                && now.threads <= before.threads
-                && now.mappings <= before.mappings + more_mappings
-        };
+        let is_no_more =
+            |now: &Holdings| now.is_within(&before, more_mappings) && now.threads <= before.threads;
         let now = settled(Duration::from_secs(10), || Holdings::of(process), is_no_more);
         assert!(is_no_more(&now), "process {process} holds {now:?}, before {before:?}");
     }

@@ -11,7 +11,7 @@ use salp_tests::axes::{LEVEL, LEVEL_AND_PIN, MEMORY};
 use salp_tests::both_guests;
 use salp_tests::record::{Outcome, report_values, value_of};
 use salp_tests::row::{ALONE, DEVICE, EMPTY, FULL, NEW, OLD, OTHER, at, attempt, run, write_memory};
-use salp_tests::swap::Swap;
+use salp_tests::swap::{Swap, compact_memory};
 use salp_tests::world::{LIMIT, Setup, World};
 
 both_guests! {
@@ -82,9 +82,8 @@ fn h2_a_lent_page_in_swap(test: &str, guest: GuestKind) {
 
 /// The pages that the host's kernel holds must stay; it could not know of those that only salp holds.
 fn h3_the_host_compacts_memory(test: &str, guest: GuestKind) {
-    const COMPACT: &str = "/proc/sys/vm/compact_memory";
     attempt(test, guest, LEVEL_AND_PIN, |point| {
-        fs::write(COMPACT, "1").map_err(|error| format!("no compaction: {COMPACT}: {error}"))?;
+        compact_memory().map_err(|error| error.to_string())?;
         let world = World::at(point, Setup { is_huge: false, ..Setup::default() });
         let root = world.root();
         write_memory(&world, root);
@@ -95,10 +94,10 @@ fn h3_the_host_compacts_memory(test: &str, guest: GuestKind) {
         let frames = world.frames(root, &pinned);
         for round in 1..=5 {
             let child = world.fork(root);
-            fs::write(COMPACT, "1").map_err(|error| format!("no compaction: {COMPACT}: {error}"))?;
+            compact_memory().map_err(|error| error.to_string())?;
             world.device_store(root, first, DEVICE + round);
             held.iter().for_each(|gfn| world.store(root, gfn.gpa(), NEW + round));
-            fs::write(COMPACT, "1").map_err(|error| format!("no compaction: {COMPACT}: {error}"))?;
+            compact_memory().map_err(|error| error.to_string())?;
             let before = if round == 1 { OLD } else { NEW + round - 1 };
             held.iter().for_each(|gfn| world.expect(child, gfn.gpa(), before));
             held.iter().for_each(|gfn| world.expect(root, gfn.gpa(), NEW + round));

@@ -45,7 +45,7 @@
 //! | `source_throughput` | | rounds in the time after the request, against before |
 //! | `publish_rate` | order | the last leaf published |
 //! | `published_leaf`, `published_page` | | growth of the arena, for each dirty leaf or page |
-//! | `pin_copy_page`, `pin_pause` | | copying in the pause, for each pinned page; the pause |
+//! | `pin_copy_page`, `pin_pause` | | copying in the pause, for each pinned page (subject `host`: as many copies in one process); the pause |
 //! | `chain_call`, `chain_pause` | | of the fork that makes a clone of the given depth |
 //! | `burst_N` | request | the last of N clones of one fork has answered |
 //! | `call_of_many`, `pause_of_many` | | of each of many forks whose clones all stay alive |

@@ -49,10 +49,9 @@ impl Bench<'_> {
                 Order::Pin { first, pages: 1, holder: PinHolder::Salp(Access::ReadWrite) },
             )?;
         }
-        let mut room = Room::new();
+        let mut room = None;
         for counts in self.runs(u32::MAX) {
             self.check_interrupt()?;
-            let floor = room.copy_us(index(pins), index(step));
             source.dirty(source.root, &[run], self.next_value())?;
             source.settle()?;
             let (forked, times) = source.fork(source.root, 1)?;
@@ -64,7 +63,8 @@ impl Bench<'_> {
             if counts && copied > 0 {
                 let per_page = forked.figures.copy.as_secs_f64() * 1e6 / copied as f64;
                 self.add("pin_copy_page", &params, Unit::MicrosecondsPerPage, per_page);
-                let floor_per_page = floor / pins as f64;
+                let room = room.get_or_insert_with(Room::new);
+                let floor_per_page = room.copy_us(index(copied), index(step)) / copied as f64;
                 self.samples.add("pin_copy_page", HOST, &params, Unit::MicrosecondsPerPage, floor_per_page);
             }
             self.tick();

@@ -12,7 +12,6 @@ use thiserror::Error;
 use utoipa::ToSchema;
 
 use super::MOST_CLONES;
-use crate::family::FamilyError;
 use crate::keeper::ColonyError;
 use crate::words::MemoryShapeError;
 
@@ -172,9 +171,7 @@ fn colony_status(error: &ColonyError) -> (StatusCode, &'static str) {
         ColonyError::Members(_) => (StatusCode::SERVICE_UNAVAILABLE, "no-room"),
         ColonyError::Silent { .. } => (StatusCode::SERVICE_UNAVAILABLE, "silent-vm"),
         // Who asked has found it by its name: it has ended since.
-        ColonyError::NoVm(_) | ColonyError::Family(FamilyError::NoVm(_)) | ColonyError::Died(_) => {
-            (StatusCode::CONFLICT, "not-running")
-        }
+        ColonyError::NoVm(_) | ColonyError::Died(_) => (StatusCode::CONFLICT, "not-running"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }
@@ -232,7 +229,7 @@ impl IntoResponse for Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::VmId;
+    use crate::family::{FamilyError, VmId};
 
     #[test]
     fn a_vm_that_has_ended_since_it_was_found_is_no_failure() {

@@ -17,8 +17,8 @@ pub fn give_back() {
 #[cfg(all(test, target_env = "gnu"))]
 mod tests {
     use super::*;
+    use crate::words::PAGE_BYTES;
 
-    const PAGE_BYTES: usize = 4096;
     /// Below what the C library asks the kernel for one by one.
     const BLOCK_BYTES: usize = 16 * PAGE_BYTES;
 
@@ -27,7 +27,8 @@ mod tests {
         let page = address.next_multiple_of(PAGE_BYTES);
         let mut state = 0u8;
         // SAFETY: the kernel writes one byte for the one page, whatever is there.
-        let result = unsafe { libc::mincore(page as *mut libc::c_void, PAGE_BYTES, &raw mut state) };
+        let result =
+            unsafe { libc::mincore(std::ptr::without_provenance_mut(page), PAGE_BYTES, &raw mut state) };
         result == 0 && state & 1 == 1
     }
 

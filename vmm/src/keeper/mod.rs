@@ -76,9 +76,9 @@ use crate::words::wide;
 /// Why a colony could not do something.
 #[derive(Debug, Error)]
 pub enum ColonyError {
-    /// No such VM, no room, and the like.
+    /// No room for a table, no cut to return to, and the like.
     #[error("{0}")]
-    Family(#[from] FamilyError),
+    Family(#[source] FamilyError),
     /// The arena.
     #[error("{0}")]
     Arena(#[from] ArenaError),
@@ -145,6 +145,16 @@ pub enum ColonyError {
     /// The tables do not add up.
     #[error("the checker found: {0}")]
     Tables(#[from] FamilyFault),
+}
+
+impl From<FamilyError> for ColonyError {
+    /// That there is no such VM is one error, whoever finds it out.
+    fn from(error: FamilyError) -> Self {
+        match error {
+            FamilyError::NoVm(vm) => Self::NoVm(vm),
+            other => Self::Family(other),
+        }
+    }
 }
 
 impl From<Injected> for ColonyError {

@@ -6,6 +6,8 @@
 //!   halted for good. If all vCPUs sleep, the keeper is told, which orders a look
 //!   ([`Order::Look`](super::messages::Order::Look)); one that computes is looked at again later.
 //!
+//! A thread that comes and goes rings its bell last, so that the loop joins it.
+//!
 //! It has no thread of its own: the member's loop waits for the [`Watch`]'s bell among others, no longer
 //! than until something is [due](Due). Nothing is due of an idle VM, so that it has no timers.
 //!
