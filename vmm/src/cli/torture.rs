@@ -144,7 +144,7 @@ fn print(arguments: &TortureArguments, report: &Report) -> Result<(), TortureCom
     Ok(writeln!(out, "after {:.0} s, seed {}: {verdict}", report.seconds, report.seed)?)
 }
 
-fn lines(summary: &Summary) -> [(&'static str, String); 18] {
+fn lines(summary: &Summary) -> [(&'static str, String); 19] {
     let Summary { forks, clones, failed_forks, .. } = summary;
     [
         ("rounds", summary.rounds.to_string()),
@@ -163,6 +163,7 @@ fn lines(summary: &Summary) -> [(&'static str, String); 18] {
         ("dma transfers verified", summary.transfers.to_string()),
         ("dma MiB verified", (summary.transferred_bytes >> 20).to_string()),
         ("checks, host pages compared", format!("{}, {}", summary.checks, summary.pages_compared)),
+        ("host pages moved while compared", summary.pages_moved.to_string()),
         ("most MiB in swap", (summary.most_swapped_bytes >> 20).to_string()),
         ("memory limit met", summary.limit_hits.to_string()),
     ]

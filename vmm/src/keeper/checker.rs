@@ -4,20 +4,20 @@
 //! same anonymous page; pages that two windows map of one block are one page; what is pinned is
 //! exclusive; the sums of each VM's pages are its memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 
+use super::host_pages::{self, Watched};
 use super::member_handle::MemberHandle;
 use super::{Colony, ColonyError};
 use crate::family::VmId;
-use crate::frames::CutId;
 use crate::member::messages::{Order, Reply};
-use crate::space::{Backing, LeafReport, PageCounts, SpaceReport};
-use crate::window::Pagemap;
-use crate::words::{Gfn, LEAF_PAGES, LeafNumber, wide};
+use crate::space::{PageCounts, SpaceReport};
+use crate::words::{Gfn, LeafNumber, wide};
 
 /// Something that does not add up.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -62,6 +62,20 @@ pub enum CheckFault {
     },
 }
 
+impl CheckFault {
+    /// The leaves that it is about.
+    fn leaves(&self) -> Vec<LeafNumber> {
+        match self {
+            Self::SamePage { gfn, other_gfn, .. } => vec![gfn.leaf(), other_gfn.leaf()],
+            Self::NotShared { gfn, .. } | Self::PinnedNotExclusive { gfn, .. } => vec![gfn.leaf()],
+            Self::Sum { .. } => Vec::new(),
+        }
+    }
+}
+
+/// How often host pages are compared where publication goes on meanwhile.
+const COMPARISONS: usize = 100;
+
 /// What the checker saw.
 #[derive(Clone, Debug, Default)]
 pub struct Checked {
@@ -69,6 +83,8 @@ pub struct Checked {
     pub vms: BTreeMap<VmId, PageCounts>,
     /// Host pages compared.
     pub pages_compared: u64,
+    /// Those that did not add up because the host moved them meanwhile: they do.
+    pub pages_moved: u64,
 }
 
 struct Seen {
@@ -105,18 +121,7 @@ impl Colony {
     }
 
     fn check_stopped(&self, members: &[&Arc<MemberHandle>]) -> Result<Checked, ColonyError> {
-        let mut seen = Vec::new();
-        for member in members {
-            let report = match member.ask(Order::Harvest, &[])? {
-                Reply::Harvest(report) => *report,
-                _ => return Err(ColonyError::Refused { vm: member.vm(), reason: "no harvest".to_owned() }),
-            };
-            let window = match member.ask(Order::Describe, &[])? {
-                Reply::Describe(description) => description.window,
-                _ => 0,
-            };
-            seen.push(Seen { member: Arc::clone(member), report, window });
-        }
+        let mut seen = harvest(members)?;
         self.check_tables(&seen)?;
         let mut checked = Checked::default();
         for one in &seen {
@@ -129,8 +134,19 @@ impl Colony {
             }
             checked.vms.insert(vm, counts);
         }
-        checked.pages_compared = compare_pages(&seen)?;
-        Ok(checked)
+        // VMs that stand still go on publishing, which changes what their pages are: only what was said
+        // before and after the look can be held against them.
+        for _ in 0..COMPARISONS {
+            let Err(error) = compare(&seen, &mut checked) else { return Ok(checked) };
+            let ColonyError::Check(fault) = &error else { return Err(error) };
+            let again = harvest(members)?;
+            if fault.leaves().iter().all(|leaf| is_same_said(&seen, &again, *leaf)) {
+                return Err(error);
+            }
+            tracing::debug!(%error, "a leaf has become another while it was looked at");
+            seen = again;
+        }
+        Err(ColonyError::Unfit(format!("no leaf stood still in {COMPARISONS} comparisons of host pages")))
     }
 
     fn check_tables(&self, seen: &[Seen]) -> Result<(), ColonyError> {
@@ -143,42 +159,29 @@ impl Colony {
     }
 }
 
-/// Compares host frame numbers of all VMs; returns how many pages were looked at. Where the host
-/// does not show them (all 0), nothing is compared.
-fn compare_pages(seen: &[Seen]) -> Result<u64, ColonyError> {
-    let mut own: HashMap<u64, (VmId, Gfn)> = HashMap::new();
-    let mut shared: HashMap<(CutId, LeafNumber, usize), u64> = HashMap::new();
-    let mut compared = 0;
-    for one in seen {
-        let vm = one.member.vm();
-        let pagemap = Pagemap::open_of(one.member.process())?;
-        for leaf in &one.report.leaves {
-            if leaf.backing == Backing::Trapped || leaf.backing == Backing::Lost {
-                continue;
-            }
-            check_pins(vm, leaf)?;
-            let frames = pagemap.frame_numbers(one.window + leaf.leaf.gpa().0, LEAF_PAGES)?;
-            for (position, frame) in frames.into_iter().enumerate().filter(|(_, frame)| *frame != 0) {
-                let gfn = leaf.leaf.gfn(position);
-                compared += 1;
-                if leaf.exclusive.contains(position) || leaf.lent.contains(position) {
-                    if let Some((other, other_gfn)) = own.insert(frame, (vm, gfn)) {
-                        return Err(CheckFault::SamePage { vm, gfn, other, other_gfn }.into());
-                    }
-                } else if let Backing::Block(cut) = leaf.backing
-                    && *shared.entry((cut, leaf.leaf, position)).or_insert(frame) != frame
-                {
-                    return Err(CheckFault::NotShared { vm, gfn }.into());
-                }
-            }
-        }
-    }
-    Ok(compared)
+fn harvest(members: &[&Arc<MemberHandle>]) -> Result<Vec<Seen>, ColonyError> {
+    let look = |member: &&Arc<MemberHandle>| {
+        let report = match member.ask(Order::Harvest, &[])? {
+            Reply::Harvest(report) => *report,
+            _ => return Err(ColonyError::unexpected(member.vm())),
+        };
+        let window = match member.ask(Order::Describe, &[])? {
+            Reply::Describe(description) => description.window,
+            _ => 0,
+        };
+        Ok(Seen { member: Arc::clone(member), report, window })
+    };
+    members.iter().map(look).collect()
 }
 
-fn check_pins(vm: VmId, leaf: &LeafReport) -> Result<(), CheckFault> {
-    match leaf.pinned.minus(&leaf.exclusive).iter().next() {
-        Some(position) => Err(CheckFault::PinnedNotExclusive { vm, gfn: leaf.leaf.gfn(position) }),
-        None => Ok(()),
-    }
+fn compare(seen: &[Seen], checked: &mut Checked) -> Result<(), ColonyError> {
+    let watch = |one: &Seen| Watched::new(one.member.vm(), one.member.process(), one.window);
+    let windows: io::Result<Vec<_>> = seen.iter().map(|one| Ok((watch(one)?, &one.report))).collect();
+    host_pages::compare(&windows?, checked)
+}
+
+/// Whether all VMs say the same of a leaf at two times.
+fn is_same_said(seen: &[Seen], again: &[Seen], leaf: LeafNumber) -> bool {
+    let said = |one: &Seen| one.report.leaves.iter().find(|report| report.leaf == leaf).cloned();
+    seen.iter().map(said).eq(again.iter().map(said))
 }

@@ -20,6 +20,7 @@
 //! | [`steward`] | what happens on its own: sweeps, images, the pool, deaths |
 //! | [`usage`] | what VMs use and have done |
 //! | [`checker`] | the whole state, recomputed |
+//! | `host_pages` | which host pages VMs have, compared |
 //! | [`observe`] | who is told what happens on its own |
 //!
 //! # Locks
@@ -30,6 +31,7 @@ mod boot;
 pub mod checker;
 mod config;
 pub mod fork;
+mod host_pages;
 pub mod limits;
 pub mod map;
 pub mod member_handle;

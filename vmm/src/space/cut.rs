@@ -254,7 +254,8 @@ impl<H: Host> Space<H> {
 
     /// Protects neighbouring blocks, and remembers their exclusive pages as they were just before: the
     /// protection leaves markers that look the same. False: pages of some became exclusive meanwhile, which
-    /// are open again.
+    /// are open again. (One that a store made so meanwhile and that is in swap before the second scan would
+    /// go unseen. The host's kernel takes no page for swap that was used since it looked last.)
     fn protect_neighbours(&self, blocks: &[(LeafNumber, PageStates)]) -> Result<bool, SpaceError> {
         let [(first, _), ..] = blocks else { return Ok(true) };
         let count = u32::try_from(blocks.len()).expect("no more than leaves");

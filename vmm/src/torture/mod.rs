@@ -116,6 +116,8 @@ pub struct Summary {
     pub checks: u64,
     /// Host pages that it compared.
     pub pages_compared: u64,
+    /// Those that the host moved meanwhile.
+    pub pages_moved: u64,
     /// The most swap that the family used, in bytes, as seen after the rounds.
     pub most_swapped_bytes: u64,
     /// Times that the family ran into its memory limit.
