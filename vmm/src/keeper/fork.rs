@@ -1,8 +1,8 @@
 //! A fork: one cut, any number of clones, each with a result of its own.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -226,11 +226,11 @@ impl Shared {
         let member = self.member(source)?;
         self.check_room()?;
         // Until the cut is committed: the base of the next one is the table that this one leaves.
-        let mut still = member.changing();
+        let changing = member.changing();
         let (members, admission) = self.take_members(spec)?;
-        let (taken, moments) = match self.still_cut(&member, &mut still) {
+        let (taken, moments) = match member.still_cut() {
             Some(taken) => (taken, Moments::of_nothing(monotonic_ns())),
-            None => match self.take_new_cut(&member, asked_by, &mut still) {
+            None => match self.take_new_cut(&member, asked_by) {
                 Ok(taken) => taken,
                 Err(error) => {
                     self.give_all_back(members);
@@ -238,17 +238,15 @@ impl Shared {
                 }
             },
         };
-        let is_held_on = still.is_some();
-        drop(still);
+        drop(changing);
+        let cut = taken.cut;
         let started = self.start_clones((source, &taken), spec, members, &admission);
-        if !is_held_on {
-            self.lock().family.let_go_of_cut(taken.cut);
-        }
+        drop(taken);
         self.post(Job::Sweep);
         self.fill_pool_later();
         let (clones, missing) = started?;
         Ok(Forked {
-            cut: taken.cut,
+            cut,
             source,
             clones,
             missing,
@@ -268,12 +266,11 @@ impl Shared {
         }
     }
 
-    /// Takes a cut, which is held then: for this fork, or for as long as the source stands still.
+    /// Takes a cut.
     fn take_new_cut(
-        &self,
+        self: &Arc<Self>,
         member: &MemberHandle,
         asked_by: Option<usize>,
-        still: &mut Option<Still>,
     ) -> Result<(Arc<Taken>, Moments), ColonyError> {
         let source = member.vm();
         let changes = member.changes();
@@ -299,8 +296,7 @@ impl Shared {
         };
         let mut inner = self.lock();
         inner.family.commit_cut(cut);
-        // Nobody but the source refers to it before the first clone does, and a clone looks for its
-        // file: a sweep must not come between.
+        // See `Taken`. In one go with the commitment: a sweep must not come between.
         inner.family.hold_cut(cut);
         // Not of a source that is gone by now: nobody would take it out again.
         if inner.vms.contains_key(&source) {
@@ -308,7 +304,9 @@ impl Shared {
         }
         drop(inner);
         let taken = Arc::new(taken);
-        *still = is_still.then(|| Still { changes, taken: Arc::clone(&taken) });
+        if is_still {
+            member.stand_still(Still { changes, taken: Arc::clone(&taken) });
+        }
         Ok((taken, moments))
     }
 
@@ -378,7 +376,7 @@ impl Shared {
     }
 
     fn take_cut(
-        &self,
+        self: &Arc<Self>,
         member: &MemberHandle,
         cut: CutId,
         previous: Option<CutId>,
@@ -393,7 +391,8 @@ impl Shared {
             Ok((Reply::Cut(reply), extents)) if reply.extents == extents.len() => {
                 let CutReply { snapshot, is_still, figures, times, .. } = *reply;
                 let moments = Moments { reserved_at, cut_at: monotonic_ns(), times, figures };
-                Ok((Taken { cut, snapshot, extents }, is_still, moments))
+                let keeper = Arc::downgrade(self);
+                Ok((Taken { cut, snapshot, extents, keeper }, is_still, moments))
             }
             Err(error @ (ColonyError::Refused { .. } | ColonyError::Died(_))) => Err(Untaken::Not(error)),
             other => {
@@ -535,12 +534,24 @@ impl Begun<'_> {
     }
 }
 
-/// A cut that was performed.
+/// A cut that was performed, for clones. Nobody but the source refers to it before the first clone does,
+/// and a clone looks for its file: the cut is held as long as this exists, for every fork that makes
+/// clones of it, and for as long as the source stands still.
 pub(super) struct Taken {
-    pub(super) cut: CutId,
+    cut: CutId,
     snapshot: EncodedSnapshot,
     /// The files of the DMA engine's backing, which clones read.
     extents: Vec<OwnedFd>,
+    keeper: Weak<Shared>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.upgrade() {
+            keeper.lock().family.let_go_of_cut(self.cut);
+            keeper.post(Job::Sweep);
+        }
+    }
 }
 
 /// Why there is no cut.

@@ -1,14 +1,13 @@
 //! One member process, seen from its keeper.
 //!
-//! A reader thread takes what the member says: answers go to whoever asked, events change the
-//! [`MemberState`] that others wait on, and the end of the channel is the end of the process.
+//! The [`listener`](super::listener) hears what the member says: answers go to whoever asked, events change
+//! the [`MemberState`] that others wait on, and the end of the channel is the end of the process.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -56,6 +55,8 @@ pub struct MemberState {
     pub console_rooms: u64,
     /// The process is gone.
     pub is_gone: bool,
+    /// So it is, and all that follows from that has been done.
+    pub is_over: bool,
 }
 
 impl MemberState {
@@ -69,9 +70,6 @@ impl MemberState {
         self.ended = None;
     }
 }
-
-/// Of a reader's thread: there are many, and small ones share tables of pages.
-const READER_STACK_BYTES: usize = 256 << 10;
 
 /// Why there is no member.
 const NO_PROCESS: &str = "no process could be had for a vm";
@@ -87,7 +85,8 @@ pub struct MemberHandle {
     next_number: AtomicU64,
     waiting: Mutex<BTreeMap<u64, SyncSender<Answer>>>,
     state: Mutex<MemberState>,
-    changing: Mutex<Option<Still>>,
+    changing: Mutex<()>,
+    still: Mutex<Option<Still>>,
     /// How many orders there were that may have changed the VM.
     changes: AtomicU64,
     pub(super) is_paused: AtomicBool,
@@ -95,7 +94,6 @@ pub struct MemberHandle {
     is_gone: AtomicBool,
     /// It has been told that all it shares is published.
     pub(super) is_told: AtomicBool,
-    reader: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl MemberHandle {
@@ -124,19 +122,14 @@ impl MemberHandle {
             waiting: Mutex::default(),
             state: Mutex::default(),
             changing: Mutex::default(),
+            still: Mutex::default(),
             changes: AtomicU64::new(0),
             is_paused: AtomicBool::new(false),
             changed: Condvar::new(),
             is_gone: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
-            reader: Mutex::new(None),
         });
-        let (for_reader, keeper) = (Arc::clone(&handle), Arc::downgrade(shared));
-        let reader = std::thread::Builder::new()
-            .name(format!("member {slot}"))
-            .stack_size(READER_STACK_BYTES)
-            .spawn(move || for_reader.read(&keeper))?;
-        *handle.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
+        shared.listener.hear(&handle)?;
         Ok(handle)
     }
 
@@ -208,7 +201,7 @@ impl MemberHandle {
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = sync_channel(1);
         self.waiting().insert(number, sender);
-        // After the insertion: the reader empties the list when the process is gone.
+        // After the insertion: the listener empties the list when the process is gone.
         let sent = match self.is_alive() {
             true => self.channel.send(&Request { number, order }, descriptors),
             false => Err(IpcError::Closed),
@@ -216,6 +209,7 @@ impl MemberHandle {
         // After the sending: an order that reaches the VM after a cut is not in the count read before it.
         if may_change_vm {
             self.changes.fetch_add(1, Ordering::SeqCst);
+            self.forget_still();
         }
         if let Err(error) = sent {
             self.waiting().remove(&number);
@@ -236,10 +230,14 @@ impl MemberHandle {
         self.changes.load(Ordering::SeqCst)
     }
 
-    /// Held while the VM is cut or reset, which exclude each other. What it guards: the cut that can be
-    /// used again.
-    pub(super) fn changing(&self) -> MutexGuard<'_, Option<Still>> {
+    /// Held while the VM is cut, reset, paused or resumed, which exclude each other.
+    pub(super) fn changing(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cut that can be used again. Held for a moment, and no other lock is taken meanwhile.
+    pub(super) fn still(&self) -> MutexGuard<'_, Option<Still>> {
+        self.still.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the member has told.
@@ -280,29 +278,36 @@ impl MemberHandle {
         }
     }
 
-    /// Waits until the process is gone and reaped.
+    /// Waits until the process is gone and reaped, and everybody has been told.
     pub fn wait_end(&self) {
-        let reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(reader) = reader
-            && reader.join().is_err()
-        {
-            tracing::error!(vm = %self.vm(), "the reader of a member panicked");
+        let is_on = |state: &mut MemberState| !state.is_over;
+        drop(self.changed.wait_while(self.state(), is_on).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The channel, readable when the member has said something or ended, and the process, which is when it
+    /// can be reaped.
+    pub(super) fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        [self.channel.as_fd(), self.child.as_fd()]
+    }
+
+    /// Takes the next message, which is there. Whether more may come.
+    pub(super) fn hear(&self, keeper: &Shared) -> bool {
+        match self.channel.receive::<Message>() {
+            Ok(Some((message, descriptors))) => {
+                self.take(message, descriptors, keeper);
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                tracing::error!(vm = %self.vm(), %error, "a member cannot be understood");
+                self.kill();
+                false
+            }
         }
     }
 
-    /// The reader thread.
-    fn read(&self, keeper: &Weak<Shared>) {
-        loop {
-            match self.channel.receive::<Message>() {
-                Ok(Some((message, descriptors))) => self.take(message, descriptors, keeper),
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::error!(vm = %self.vm(), %error, "a member cannot be understood");
-                    self.kill();
-                    break;
-                }
-            }
-        }
+    /// The process can be reaped, and nothing more will be heard.
+    pub(super) fn bury(&self, keeper: &Shared) {
         match self.child.wait() {
             Ok(Ending::Killed(FORBIDDEN)) => self.note_forbidden_call(keeper),
             Ok(_) => {}
@@ -311,25 +316,20 @@ impl MemberHandle {
         self.is_gone.store(true, Ordering::SeqCst);
         // Here and not by the steward, who may be waiting for one that waits for what is lost now. And
         // before anybody is told, who could then find the VM still there.
-        if let Some(keeper) = keeper.upgrade() {
-            keeper.book_death(self);
-        }
+        keeper.book_death(self);
         // Dropping the senders tells those who wait.
         self.waiting().clear();
         self.state().is_gone = true;
         self.changed.notify_all();
-        // After those who hold the lock have been told.
-        if let Some(keeper) = keeper.upgrade() {
-            keeper.forget_still(self);
-        }
-        if let (Some(observer), Some(vm)) =
-            (keeper.upgrade().and_then(|keeper| keeper.observer()), self.named())
-        {
+        self.forget_still();
+        if let (Some(observer), Some(vm)) = (keeper.observer(), self.named()) {
             observer.gone(vm);
         }
+        self.state().is_over = true;
+        self.changed.notify_all();
     }
 
-    fn note_forbidden_call(&self, keeper: &Weak<Shared>) {
+    fn note_forbidden_call(&self, keeper: &Shared) {
         let text = "its process made a forbidden system call, and was killed".to_owned();
         tracing::error!(vm = %self.vm(), %text);
         if self.named().is_some() {
@@ -337,7 +337,7 @@ impl MemberHandle {
         }
     }
 
-    fn take(&self, message: Message, descriptors: Vec<OwnedFd>, keeper: &Weak<Shared>) {
+    fn take(&self, message: Message, descriptors: Vec<OwnedFd>, keeper: &Shared) {
         match message {
             Message::Answer { number, result } => {
                 if let Some(waiting) = self.waiting().remove(&number) {
@@ -352,13 +352,9 @@ impl MemberHandle {
         }
     }
 
-    fn note(&self, event: Event, keeper: &Weak<Shared>) {
-        let post = |job: Job| {
-            if let Some(keeper) = keeper.upgrade() {
-                keeper.post(job);
-            }
-        };
-        let observer = || keeper.upgrade().and_then(|keeper| keeper.observer());
+    fn note(&self, event: Event, keeper: &Shared) {
+        let post = |job: Job| keeper.post(job);
+        let observer = || keeper.observer();
         let mut state = self.state();
         match event {
             Event::Progress(progress) => {

@@ -7,6 +7,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`member_handle`] | one member process, seen from here: requests, answers, events, death |
+//! | `listener` | hears all of them |
 //! | [`spec`] | what a fork is to make |
 //! | [`fork`] | a cut and its clones |
 //! | [`config`] | what a colony is made of, and what its host has |
@@ -33,6 +34,7 @@ mod config;
 pub mod fork;
 mod host_pages;
 pub mod limits;
+mod listener;
 pub mod map;
 pub mod member_handle;
 mod nursery;
@@ -58,6 +60,7 @@ pub use self::config::{ColonyConfig, available_memory_bytes, raise_limits, short
 
 use self::config::arena_budget_bytes;
 use self::limits::Admission;
+use self::listener::Listener;
 use self::member_handle::MemberHandle;
 use self::nursery::Wish;
 use self::pool::Pool;
@@ -200,6 +203,7 @@ pub(crate) struct Shared {
     pool: Pool<Arc<MemberHandle>>,
     jobs: Mutex<Sender<Job>>,
     wishes: Mutex<Sender<Wish>>,
+    listener: Listener,
     is_closing: AtomicBool,
     observer: OnceLock<Weak<dyn observe::Observer>>,
 }
@@ -209,6 +213,7 @@ pub struct Colony {
     shared: Arc<Shared>,
     steward: Option<JoinHandle<()>>,
     nursery: Option<JoinHandle<()>>,
+    listening: Option<JoinHandle<()>>,
 }
 
 /// How long a member may take to answer.
@@ -259,14 +264,18 @@ impl Colony {
             pool: Pool::new(pool_size, members),
             jobs: Mutex::new(jobs),
             wishes: Mutex::new(wishes),
+            listener: Listener::new()?,
             is_closing: AtomicBool::new(false),
             observer: OnceLock::new(),
         });
-        let mut colony = Self { shared, steward: None, nursery: None };
+        let mut colony = Self { shared, steward: None, nursery: None, listening: None };
         let for_steward = Arc::clone(&colony.shared);
         colony.steward = Some(start("steward", move || steward::run(&for_steward, &todo))?);
         let for_nursery = Arc::clone(&colony.shared);
         colony.nursery = Some(start("nursery", move || nursery::run(&for_nursery, &wished))?);
+        let for_listener = Arc::clone(&colony.shared);
+        let listen = move || for_listener.listener.run(&for_listener);
+        colony.listening = Some(start("listener", listen)?);
         colony.shared.post(Job::FillPool);
         Ok(colony)
     }
@@ -337,8 +346,7 @@ impl Colony {
     /// There is no such VM.
     pub fn end(&self, vm: VmId) -> Result<(), ColonyError> {
         let member = self.member(vm)?;
-        let mut still = member.changing();
-        self.shared.let_go_of_still(&mut still);
+        let _changing = member.changing();
         // A member that died by itself has ended too. Where order or answer did not get through, once
         // more: it does no harm twice.
         let result = match member.ask(Order::EndVm, &[]) {
@@ -515,7 +523,13 @@ impl Drop for Colony {
         // All at once, then one by one: none needs another any more.
         members.iter().for_each(|member| member.kill());
         members.iter().for_each(|member| member.wait_end());
-        // After them: the end of its thread kills them.
+        let is_told = self.shared.listener.close();
+        if let Some(listening) = self.listening.take().filter(|_| is_told.is_ok())
+            && listening.join().is_err()
+        {
+            tracing::error!("the listener panicked");
+        }
+        // After the members: the end of its thread kills them.
         let wishes = self.shared.wishes.lock().unwrap_or_else(PoisonError::into_inner);
         let is_told = wishes.send(Wish::Close).is_ok();
         drop(wishes);

@@ -1,8 +1,8 @@
 //! Who is told what happens in a colony on its own: console output, ends, and forks that guests ask
 //! for.
 //!
-//! An observer is called by the threads that read from members: it must not wait for a member, nor
-//! for anybody who does. What it is told of one VM comes in order, and may come before the fork that
+//! An observer is called by the thread that hears all members: it must not wait for a member, nor for
+//! anybody who does. What it is told of one VM comes in order, and may come before the fork that
 //! made the VM has returned.
 
 use std::collections::BTreeMap;
@@ -37,8 +37,8 @@ pub trait Observer: Send + Sync {
     /// [`Colony::take_buffers`].
     fn buffers_changed(&self) {}
     /// The guest of `source` has asked for a fork, perhaps before whoever booted it knows of it: what the
-    /// clone is called, if that is not the colony's to make up. Not called by a reader: it may wait for
-    /// others, but not for this colony.
+    /// clone is called, if that is not the colony's to make up. Not called by the thread that hears all
+    /// members: it may wait for others, but not for this colony.
     ///
     /// # Errors
     /// It gets no name: there is no fork.

@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use super::fork::Taken;
 use super::member_handle::MemberHandle;
-use super::steward::Job;
-use super::{Colony, ColonyError, Shared};
+use super::{Colony, ColonyError};
 use crate::family::VmId;
 use crate::member::messages::{Order, Reply};
 
@@ -43,8 +42,9 @@ impl Colony {
     /// There is no such VM, or its process ended.
     pub fn resume(&self, vm: VmId) -> Result<(), ColonyError> {
         let member = self.member(vm)?;
+        let _changing = member.changing();
         member.is_paused.store(false, Ordering::SeqCst);
-        self.ask(vm, Order::Resume).map(|_| ())
+        member.ask(Order::Resume, &[]).map(|_| ())
     }
 
     /// Waits until a VM's guest has said that it knows who it is (the identity device's `READY`), since the
@@ -86,35 +86,36 @@ impl Colony {
     /// # Errors
     /// There is no such VM, or it refused, or its process ended.
     pub fn ask(&self, vm: VmId, order: Order) -> Result<Reply, ColonyError> {
-        let member = self.member(vm)?;
-        if order.may_change_vm() {
-            self.shared.forget_still(&member);
-        }
-        member.ask(order, &[])
+        self.member(vm)?.ask(order, &[])
     }
 }
 
-impl Shared {
-    /// The last cut of a VM, if nothing can have changed since.
-    pub(super) fn still_cut(&self, member: &MemberHandle, still: &mut Option<Still>) -> Option<Arc<Taken>> {
-        match still {
-            Some(known) if known.changes == member.changes() => Some(Arc::clone(&known.taken)),
-            _ => {
-                self.let_go_of_still(still);
-                None
-            }
+impl MemberHandle {
+    /// The last cut, if nothing can have changed since.
+    pub(super) fn still_cut(&self) -> Option<Arc<Taken>> {
+        let mut still = self.still();
+        let known = still.take_if(|known| known.changes != self.changes());
+        let found = still.as_ref().map(|still| Arc::clone(&still.taken));
+        drop(still);
+        // Without the lock: to let go of a cut takes the keeper's.
+        drop(known);
+        found
+    }
+
+    /// The VM stands still at this cut, unless it has changed or ended meanwhile. Whoever changes or ends it
+    /// does so first and forgets then: one of the two sees the other.
+    pub(super) fn stand_still(&self, still: Still) {
+        let changes = still.changes;
+        let before = self.still().replace(still);
+        drop(before);
+        if changes != self.changes() || !self.is_alive() {
+            self.forget_still();
         }
     }
 
-    /// The VM may change: its last cut need not be held for further clones.
-    pub(super) fn forget_still(&self, member: &MemberHandle) {
-        self.let_go_of_still(&mut member.changing());
-    }
-
-    pub(super) fn let_go_of_still(&self, still: &mut Option<Still>) {
-        if let Some(known) = still.take() {
-            self.lock().family.let_go_of_cut(known.taken.cut);
-            self.post(Job::Sweep);
-        }
+    /// The VM may change, or has ended: its last cut need not be held for further clones.
+    pub(super) fn forget_still(&self) {
+        let known = self.still().take();
+        drop(known);
     }
 }

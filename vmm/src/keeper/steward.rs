@@ -232,7 +232,7 @@ impl Shared {
     }
 
     /// A process is gone, for good and once: what it had not published is lost to those who wait for
-    /// it, and its slot is free. Called by the member's reader; waits for nobody.
+    /// it, and its slot is free. Called by the listener; waits for nobody.
     pub(super) fn book_death(&self, member: &MemberHandle) {
         {
             let mut inner = self.lock();
