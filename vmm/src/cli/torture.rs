@@ -163,7 +163,10 @@ fn lines(summary: &Summary) -> [(&'static str, String); 19] {
         ("dma transfers verified", summary.transfers.to_string()),
         ("dma MiB verified", (summary.transferred_bytes >> 20).to_string()),
         ("checks, host pages compared", format!("{}, {}", summary.checks, summary.pages_compared)),
-        ("host pages moved while compared", summary.pages_moved.to_string()),
+        (
+            "host pages moved, leaves changed meanwhile",
+            format!("{}, {}", summary.pages_moved, summary.leaves_changed),
+        ),
         ("most MiB in swap", (summary.most_swapped_bytes >> 20).to_string()),
         ("memory limit met", summary.limit_hits.to_string()),
     ]

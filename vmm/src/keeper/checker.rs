@@ -85,6 +85,8 @@ pub struct Checked {
     pub pages_compared: u64,
     /// Those that did not add up because the host moved them meanwhile: they do.
     pub pages_moved: u64,
+    /// Leaves that did not add up because they became others meanwhile: all was compared again.
+    pub leaves_changed: u64,
 }
 
 struct Seen {
@@ -144,6 +146,7 @@ impl Colony {
                 return Err(error);
             }
             tracing::debug!(%error, "a leaf has become another while it was looked at");
+            checked.leaves_changed += 1;
             seen = again;
         }
         Err(ColonyError::Unfit(format!("no leaf stood still in {COMPARISONS} comparisons of host pages")))

@@ -383,6 +383,7 @@ impl<'a> Herd<'a> {
                 self.summary.checks += 1;
                 self.summary.pages_compared += checked.pages_compared;
                 self.summary.pages_moved += checked.pages_moved;
+                self.summary.leaves_changed += checked.leaves_changed;
             }
             Err(ColonyError::Died(_)) if self.has_host_killed() => self.book_host_kills(),
             Err(error) => return Err(Finding(error.to_string())),

@@ -118,6 +118,8 @@ pub struct Summary {
     pub pages_compared: u64,
     /// Those that the host moved meanwhile.
     pub pages_moved: u64,
+    /// Leaves that became others meanwhile.
+    pub leaves_changed: u64,
     /// The most swap that the family used, in bytes, as seen after the rounds.
     pub most_swapped_bytes: u64,
     /// Times that the family ran into its memory limit.
