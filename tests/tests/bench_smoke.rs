@@ -141,6 +141,7 @@ fn check_who_is_there(records: &[Record]) {
     ["salp", "full_copy", "process_fork", "snapshot"]
         .iter()
         .for_each(|subject| require("source_throughput", subject));
+    ["fork_call_memory", "stage.save", "stage.protect"].iter().for_each(|quantity| require(quantity, "host"));
     ["salp", "pwrite_memfd"].iter().for_each(|subject| require("publish_rate", subject));
     let has_param = |name: &str| records.iter().any(|record| record.params.contains_key(name));
     for name in ["others", "dirty_pages", "hot_leaves", "dirty_in_leaf", "window_ms"] {

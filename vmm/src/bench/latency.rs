@@ -149,7 +149,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// What the host takes for the parts that no pause is without.
+    /// What the host takes for the parts that no fork is without.
     fn floor_of_host(
         &mut self,
         baselines: &mut Baselines,
@@ -164,6 +164,10 @@ impl Bench<'_> {
                 |stage: &str, us: f64| self.samples.add(stage, HOST, &params, Unit::Microseconds, us);
             add("stage.save", floor.save_us);
             add("stage.protect", floor.protect_us);
+            if case.which == Benchmark::Fork {
+                let params = with(case.params, "source", "still");
+                self.samples.add("fork_call_memory", HOST, &params, Unit::Microseconds, floor.map_us);
+            }
         }
         Ok(())
     }

@@ -32,6 +32,7 @@
 //! | quantity | from | to |
 //! |---|---|---|
 //! | `fork_call` | request | the clone's vCPU enters the guest |
+//! | `fork_call_memory` | | what of it is memory's: tables, protection, the clone's mapping (subject `host`: such a mapping alone) |
 //! | `pause` | first kick | the source's last vCPU enters the guest again |
 //! | `first_instruction` | request | the clone's first exit, which is its first instruction |
 //! | `first_mib` | request | the clone's sum over 1 MiB is there, and right: publication goes on |

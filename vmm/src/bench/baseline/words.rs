@@ -52,7 +52,7 @@ pub(super) enum Request {
     Throughput { method: Method, order: PuppetOrder, window_ns: u64 },
     /// Write the pages to a fresh memfd of 4 KiB pages.
     Pwrite { runs: Vec<PageRun> },
-    /// Save the vCPU, write-protect all memory, and nothing else.
+    /// Save the vCPU, write-protect all memory, map as much elsewhere, and nothing else.
     Floor,
 }
 
@@ -96,13 +96,15 @@ pub(super) struct Snapshotted {
     pub(super) stages_us: BTreeMap<String, f64>,
 }
 
-/// What the host takes for the two things that no pause can do without, in microseconds.
+/// What the host takes for the things that no fork can do without, in microseconds.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Floor {
     /// Saving one vCPU and the VM.
     pub save_us: f64,
     /// Write-protecting all memory: one call of the kernel for each run of it.
     pub protect_us: f64,
+    /// Mapping a file for a clone's memory, all of which traps: two calls for each run of it.
+    pub map_us: f64,
 }
 
 /// Many clones that are alive.
